@@ -1,0 +1,1 @@
+"""Ready recipes. Each says what it needs and cites its source."""

@@ -1,0 +1,1 @@
+"""Merge, shrink and pack models, tensor by tensor, within a memory budget."""

@@ -1,0 +1,1 @@
+"""One file per merge method: pure tensor code, its parameters, its formula and its source."""
