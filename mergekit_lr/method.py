@@ -1,0 +1,221 @@
+"""What a merge method is: parameters, a declared space, optional passes of statistics, one tensor function.
+
+A method never opens a file, never casts to the output dtype and never knows how a tensor was cut. The engine
+hands it *pieces* (fp32, contiguous): 1-D runs of the flattened tensor for an elementwise method, 2-D blocks of
+whole rows for a rowwise one, the tensor in its own shape when it may not be cut. Pieces start on a fixed grid
+(`GRID` elements, or whole rows), so a result cannot depend on how many pieces there were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticUndefined
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+GRID = 65_536
+"""Elements between the places where an elementwise tensor may be cut; also the block of every blocked sum."""
+
+
+class Space(StrEnum):
+    """What numbers a method works on."""
+
+    WEIGHT = "weight"  # absolute weights
+    DELTA = "delta"  # task vectors: the base subtracted
+    FACTOR = "factor"  # low-rank pairs
+
+
+class Slicing(StrEnum):
+    """How a tensor may be cut before the method sees it."""
+
+    ELEMENTWISE = "elementwise"
+    ROWWISE = "rowwise"
+    NONE = "none"
+
+
+class Base(StrEnum):
+    """What ``base_model`` is to a method."""
+
+    REQUIRED = "required"  # the reference that deltas are taken from; not itself an input
+    OPTIONAL = "optional"  # a reference when given: the method then works on deltas
+    OPERAND = "operand"  # the first of the inputs
+    UNUSED = "unused"  # only names whose config and tokenizer the output gets
+
+
+class Parameters(BaseModel):
+    """Resolved parameters of one kind: for the whole merge, or for one model, at one tensor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=False)
+
+
+def parameter(
+    default: Any = PydanticUndefined, *, description: str, alias: str | None = None, **limits: Any
+) -> Any:
+    """A method parameter: a pydantic field that must carry a description. No default means required."""
+    return Field(default=default, description=description, alias=alias, **limits)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One application of a method: everything but the tensor data.
+
+    ``merge`` holds the method's `Merge` parameters and ``models`` one `PerModel` each, resolved for this tensor;
+    ``keys`` names each model for the random generator (the reference as the recipe writes it).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    merge: Any
+    models: tuple[Any, ...]
+    has_base: bool
+    seed: int = 0
+    keys: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+    def values(self, attribute: str) -> list[Any]:
+        """One per-model parameter of every model, in model order."""
+        return [getattr(m, attribute) for m in self.models]
+
+    def philox_key(self, model: int, purpose: str = "mask") -> int:
+        """128-bit key of the counter-based generator for one model's copy of this tensor."""
+        text = "\0".join((str(self.seed), self.keys[model], self.name, purpose))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+
+
+@dataclass
+class Piece:
+    """A part of one tensor across all inputs.
+
+    ``tensors``: fp32, one per model, deltas if the method's space is delta. ``base``: the same part of the base
+    in fp32, when there is one. ``start``: index of the first element in the flattened tensor.
+    """
+
+    tensors: list[Tensor]
+    base: Tensor | None
+    start: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+Partial = TypeVar("Partial")
+Result = TypeVar("Result")
+
+
+class Pass(ABC, Generic[Partial, Result]):
+    """One streaming look at a tensor (or, for model-wide statistics, at all of them).
+
+    ``map`` is called on pieces, in any order; ``fold`` combines partials in piece order; ``finish`` gives what
+    the method asked for. The result must not depend on where the pieces were cut: sums go over fixed blocks
+    (`mergekit_lr.statistics`), counts are integers. A pass that sets ``sample`` sees only that many elements at a
+    few places spread over each tensor; it may guide later passes but must not decide a result.
+    """
+
+    sample: ClassVar[int | None] = None
+
+    @abstractmethod
+    def map(self, call: Call, piece: Piece) -> Partial: ...
+
+    @abstractmethod
+    def fold(self, total: Partial | None, partial: Partial) -> Partial: ...
+
+    @abstractmethod
+    def finish(self, total: Partial) -> Result: ...
+
+
+Statistics = Generator[Pass[Any, Any], Any, Any]
+"""A method yields passes and is sent their results; what it returns is the ``state`` given to `merge`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method comes from."""
+
+    title: str
+    arxiv: str | None = None
+    url: str | None = None
+
+    @property
+    def link(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else (self.url or "")
+
+
+class Method(ABC):
+    """One merge method. Subclasses live one to a file in ``methods/`` and are found by the registry.
+
+    Class attributes: ``name`` (as recipes say it), ``summary`` (one line), ``source``, ``base``, ``min_models``
+    and ``max_models`` (counted without a base that is only a reference), ``commutes`` (the order of models does
+    not matter), ``stochastic``, ``exposes_nonfinite`` (every NaN or infinity of an input reaches the output, so
+    the engine may check the output alone), ``Merge`` and ``PerModel`` (parameter models).
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[Source]
+    base: ClassVar[Base]
+    min_models: ClassVar[int] = 1
+    max_models: ClassVar[int | None] = None
+    commutes: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = False
+    exposes_nonfinite: ClassVar[bool] = False
+
+    class Merge(Parameters):
+        """Parameters of the whole merge."""
+
+    class PerModel(Parameters):
+        """Parameters of each model."""
+
+    def space(self, has_base: bool) -> Space:
+        """The space the method takes and gives."""
+        if self.base is Base.REQUIRED or (self.base is Base.OPTIONAL and has_base):
+            return Space.DELTA
+        return Space.WEIGHT
+
+    def slicing(self, merge: Any) -> Slicing:
+        """How tensors may be cut, given the `Merge` parameters."""
+        return Slicing.ELEMENTWISE
+
+    def model_statistics(self, calls: Sequence[Call]) -> Statistics | None:
+        """Passes over *all* merged tensors, before any is written; None where the method needs none.
+
+        ``calls`` holds one call for every tensor that the method will merge, in output order; the passes see
+        them in that order.
+        """
+        return None
+
+    def statistics(self, call: Call, model_state: Any) -> Statistics | None:
+        """Passes over this tensor; None where one look is enough. Returns the ``state`` of `merge`."""
+        return None
+
+    @abstractmethod
+    def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
+        """The merged piece, fp32, same shape, in the declared space. Inputs must not be changed."""
+
+    def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
+        """Combinations of parameters that make no sense, in words; checked before any tensor is read."""
+        return []
+
+
+@dataclass
+class Registered:
+    """A method as the registry knows it."""
+
+    method: Method
+    origin: str = "built-in"
+    extra: dict[str, str] = field(default_factory=dict)

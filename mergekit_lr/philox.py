@@ -1,0 +1,96 @@
+"""Random masks from a counter, not from a stream.
+
+Element ``e`` of a mask is decided by 16 bits of Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy
+as 1, 2, 3", SC 2011) at counter ``1 + e // 16``, under a key hashed from the seed, the model and the tensor's
+name. So a mask does not depend on the order of tensors, on slices or on threads, and CPU and GPU agree to the
+bit. Probabilities are therefore multiples of 2^-16; `effective_probability` says which one is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mergekit_lr.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEVELS = 65_536
+DRAWS = 16  # 16-bit draws in one counter's 4 x 64 bits
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def effective_probability(p: float) -> float:
+    """The multiple of 1/65536 nearest to ``p`` (never 0 for a positive p)."""
+    if p <= 0:
+        return 0.0
+    return max(1, min(LEVELS, round(p * LEVELS))) / LEVELS
+
+
+def draws(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """16-bit draws for elements ``start .. start + count``: int32 ``[count]`` in 0..65535.
+
+    Args:
+        key: 128 bits, see `Call.philox_key`.
+    """
+    first, skip = divmod(start, DRAWS)
+    blocks = -(-(skip + count) // DRAWS)
+    if torch.device(device).type == "cpu":
+        bits = np.random.Philox(key=key, counter=first).random_raw(4 * blocks).view(np.uint16)
+        return torch.from_numpy(bits[skip : skip + count].astype(np.int32))
+    words = philox_words(key, first + 1, blocks, device)
+    parts = [(words >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
+    return torch.stack(parts, dim=-1).reshape(-1)[skip : skip + count].to(torch.int32)
+
+
+def masked(x: Tensor, key: int, start: int, probability: float) -> Tensor:
+    """``x`` where its draw keeps it, else zero; P(keep) = `effective_probability`. Shape and dtype of ``x``."""
+    level = round(effective_probability(probability) * LEVELS)
+    if level >= LEVELS:
+        return x.clone()
+    if x.device.type != "cpu":
+        return x * (draws(key, start, x.numel(), x.device) < level).reshape(x.shape)
+    # The CPU path through numpy is four times faster: torch compares and converts booleans slowly.
+    first, skip = divmod(start, DRAWS)
+    blocks = -(-(skip + x.numel()) // DRAWS)
+    bits = np.random.Philox(key=key, counter=first).random_raw(4 * blocks).view(np.uint16)
+    keep = bits[skip : skip + x.numel()] < np.uint16(level)
+    return torch.from_numpy(np.multiply(x.numpy(), keep.reshape(x.shape)))
+
+
+def _mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """High and low 64 bits of the unsigned product a * m, with int64 tensors holding unsigned bits."""
+    a_lo, a_hi = a & _MASK32, (a >> 32) & _MASK32
+    m_lo, m_hi = m & _MASK32, m >> 32
+    low_low = a_lo * m_lo  # each 32x32 product wraps to the right 64 bits
+    mid = a_hi * m_lo + ((low_low >> 32) & _MASK32)
+    carry = (mid >> 32) & _MASK32
+    mid = (mid & _MASK32) + a_lo * m_hi
+    high = a_hi * m_hi + carry + ((mid >> 32) & _MASK32)
+    return high, (mid << 32) | (low_low & _MASK32)
+
+
+def _signed(word: int) -> int:
+    word &= _MASK64
+    return word - (1 << 64) if word >> 63 else word
+
+
+def philox_words(key: int, counter: int, blocks: int, device: torch.device | str) -> Tensor:
+    """Philox4x64-10 in torch: int64 ``[blocks, 4]`` holding unsigned words, counters counter, counter + 1, ...
+
+    Equal to ``numpy.random.Philox`` bit for bit (its first output uses counter + 1).
+    """
+    c0 = torch.arange(blocks, dtype=torch.int64, device=device) + counter
+    c1, c2, c3 = (torch.zeros_like(c0) for _ in range(3))
+    k0, k1 = key & _MASK64, key >> 64
+    for _ in range(10):
+        hi0, lo0 = _mul_hi_lo(c0, _MULTIPLIERS[0])
+        hi1, lo1 = _mul_hi_lo(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = hi1 ^ c1 ^ _signed(k0), lo1, hi0 ^ c3 ^ _signed(k1), lo0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK64, (k1 + _WEYL[1]) & _MASK64
+    return torch.stack((c0, c1, c2, c3), dim=-1)
