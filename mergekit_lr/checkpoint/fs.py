@@ -1,0 +1,165 @@
+"""The one place through which files are written, so that tests can fail or stop at any operation.
+
+Every function is a thin wrapper of one system call. Anything that creates, changes, renames or removes a file
+of an output goes through here; an injected `hook` sees each operation's name and path before it happens.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mergekit_lr.errors import ResourceError
+
+Hook = Callable[[str, str], None]
+_hook: Hook | None = None
+
+
+def set_hook(hook: Hook | None) -> None:
+    """Call ``hook(operation, path)`` before every operation from now on (tests only)."""
+    global _hook
+    _hook = hook
+
+
+def _announce(operation: str, path: str | os.PathLike[str]) -> None:
+    if _hook is not None:
+        _hook(operation, os.fspath(path))
+
+
+@contextmanager
+def explained(doing: str, path: str | os.PathLike[str]):  # type: ignore[no-untyped-def]
+    """Turn an OSError into a ResourceError that says what to do."""
+    try:
+        yield
+    except OSError as e:
+        fixes = {
+            errno.ENOSPC: "free some space and run the same command again: it resumes",
+            errno.EDQUOT: "raise the quota or free some space and run the same command again: it resumes",
+            errno.EACCES: "choose a place you may write to, or change its permissions",
+            errno.EROFS: "choose a place that is not mounted read-only",
+            errno.ENOENT: "create the parent folder first",
+        }
+        fix = fixes.get(e.errno or 0, "run the same command again once that is mended: it resumes")
+        raise ResourceError(f"cannot {doing}", where=os.fspath(path), why=e.strerror or str(e), fix=fix) from e
+
+
+def make_folder(path: Path, *, parents: bool = False) -> None:
+    """Create a folder with the user's own mode (0777 less the umask); an existing one is fine."""
+    with explained("create the folder", path):
+        _announce("mkdir", path)
+        path.mkdir(parents=parents, exist_ok=True)
+
+
+def create_exclusive(path: Path, data: bytes) -> bool:
+    """Create a file that must not exist yet; False if it does."""
+    with explained("create the file", path):
+        _announce("create", path)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+    return True
+
+
+def preallocate(path: Path, size: int) -> None:
+    """Create (or keep) a file of exactly ``size`` bytes, its blocks reserved where the file system can."""
+    with explained(f"reserve {size} bytes", path):
+        _announce("preallocate", path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if os.fstat(fd).st_size != size:
+                os.ftruncate(fd, size)
+            if size:
+                try:
+                    os.posix_fallocate(fd, 0, size)
+                except OSError as e:
+                    if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                        raise
+        finally:
+            os.close(fd)
+
+
+def open_for_writing(path: Path) -> int:
+    """A descriptor for `pwrite` into an existing file."""
+    with explained("open for writing", path):
+        _announce("open", path)
+        return os.open(path, os.O_RDWR)
+
+
+def pwrite(fd: int, data: memoryview, offset: int, path: Path) -> None:
+    """Write all of ``data`` at ``offset``."""
+    with explained("write", path):
+        _announce("pwrite", path)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(fd, data[done:], offset + done)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append one record with a single write."""
+    with explained("append", path):
+        _announce("append", path)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole small file and make it durable."""
+    with explained("write", path):
+        _announce("write", path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            _announce("fsync", path)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    with explained("make durable", path):
+        _announce("fsync", path)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename, atomically, and make the parent's entry durable."""
+    with explained(f"rename {old.name}", new):
+        _announce("rename", new)
+        os.rename(old, new)
+        fsync(new.parent)
+
+
+def remove_file(path: Path) -> None:
+    with explained("remove", path):
+        _announce("unlink", path)
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder of ours and all in it; links are removed, never followed."""
+    with explained("remove", path):
+        _announce("rmtree", path)
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)

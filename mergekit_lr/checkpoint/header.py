@@ -1,0 +1,152 @@
+"""Reads a safetensors header, strictly: nothing is trusted, nothing is allocated before it is checked.
+
+Layout: 8 bytes little-endian header length, that many bytes of JSON, then the data, which the tensors' offsets
+must tile exactly. Stricter than the reference parser where that one lets ambiguity pass: duplicate keys, names
+with control characters, ranks and sizes that no model has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
+from mergekit_lr.errors import CheckpointError
+
+MAX_HEADER = 100_000_000
+MAX_RANK = 16
+MAX_DIMENSION = 1 << 48
+MAX_NAME = 512
+MAX_TENSORS = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as its header describes it. ``offset`` counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return self.nbytes // ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: tensors in offset order, free-form metadata, and a digest of its exact bytes."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    digest: str
+    file_size: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one file.
+
+    Raises:
+        CheckpointError: for anything that is not a well-formed safetensors file.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as e:
+        raise CheckpointError(
+            "cannot open the file", where=str(path), why=e.strerror or str(e), fix="check the path"
+        ) from e
+    try:
+        size = os.fstat(fd).st_size
+        prefix = os.pread(fd, 8, 0)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if length < 2 or length > min(MAX_HEADER, size - 8):
+            raise _bad(path, f"the header length {length} does not fit a file of {size} bytes")
+        raw = os.pread(fd, length, 8)
+    except OSError as e:
+        raise CheckpointError("cannot read the file", where=str(path), why=e.strerror or str(e)) from e
+    finally:
+        os.close(fd)
+    if len(raw) != length:
+        raise _bad(path, "the file ends inside its header")
+    return parse_header(raw, size, path)
+
+
+def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
+    """Check header bytes against the size of the file that holds them."""
+    if not raw.startswith(b"{"):
+        raise _bad(path, "the header does not begin with '{'")
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise _bad(path, f"the header is not valid JSON: {e}") from e
+    if not isinstance(entries, dict):
+        raise _bad(path, "the header is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(path, "__metadata__ must map strings to strings")
+    if len(entries) > MAX_TENSORS:
+        raise _bad(path, f"it lists {len(entries)} tensors; at most {MAX_TENSORS} are read")
+    data_start = 8 + len(raw)
+    tensors = [_tensor(name, entry, data_start, path) for name, entry in entries.items()]
+    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    end = data_start
+    for t in tensors:
+        if t.offset != end:
+            raise _bad(path, f"tensor {t.name!r} leaves a hole or overlaps its neighbour")
+        end += t.nbytes
+    if end != file_size:
+        raise _bad(path, f"its tensors end at byte {end}, the file at {file_size}")
+    return Header({t.name: t for t in tensors}, metadata, hashlib.sha256(raw).hexdigest(), file_size)
+
+
+def _bad(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        "not a sound safetensors file", where=str(path), why=why, fix="download or write the file again"
+    )
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:80]!r} appears twice")
+    return out
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _whole_number(value: Any, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _tensor(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
+    shown = repr(name[:80])
+    if not name or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME or not name.isprintable():
+        raise _bad(path, f"tensor name {shown} is empty, too long or holds control characters")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, f"tensor {shown} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _bad(path, f"tensor {shown} has dtype {str(dtype)[:40]!r}, which is not read")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK:
+        raise _bad(path, f"tensor {shown} has no shape of at most {MAX_RANK} dimensions")
+    if not all(_whole_number(d, MAX_DIMENSION) for d in shape):
+        raise _bad(path, f"tensor {shown} has an impossible dimension")
+    nbytes = ITEM_BYTES[dtype]
+    for d in shape:
+        nbytes *= d
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(_whole_number(o, 1 << 62) for o in offsets)):
+        raise _bad(path, f"tensor {shown} has no pair of data offsets")
+    if offsets[1] - offsets[0] != nbytes:
+        raise _bad(path, f"tensor {shown} spans {offsets[1] - offsets[0]} bytes but its shape needs {nbytes}")
+    return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], nbytes)

@@ -1,0 +1,261 @@
+"""Opens a model on disk: headers only, the index as the one authority, nothing followed out of its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lr.checkpoint.dtypes import torch_dtype
+from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header
+from mergekit_lr.errors import CheckpointError
+from mergekit_lr.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+MAX_JSON = 64 << 20
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Identity of an input file when it was opened: if any of it changes, the run's inputs changed."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    header: str
+
+    def still_holds(self) -> bool:
+        try:
+            s = os.stat(self.path)
+        except OSError:
+            return False
+        return (s.st_size, s.st_mtime_ns, s.st_ino) == (self.size, self.mtime_ns, self.inode)
+
+
+@dataclass
+class Checkpoint:
+    """A model opened for reading. Holds file descriptors; close it, or use it as a context manager.
+
+    ``reference`` is what the recipe says, ``folder`` the model folder (None for a single file), ``config`` its
+    parsed config.json (None where there is none), ``tensors`` every tensor by name in file order.
+    """
+
+    reference: str
+    folder: Path | None
+    config: dict[str, Any] | None
+    tensors: dict[str, TensorInfo]
+    files: dict[str, Path] = field(repr=False)
+    stamps: tuple[Stamp, ...] = field(repr=False)
+    warnings: list[str] = field(default_factory=list)
+    _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
+
+    def file_position(self, name: str) -> tuple[str, int]:
+        """Sort key that follows the bytes on disk."""
+        return str(self.files[name]), self.tensors[name].offset
+
+    def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
+        """Elements ``start .. stop`` of the flattened tensor, 1-D, in the stored dtype.
+
+        ``buffer`` is uint8 scratch that the result may alias; without one, fresh memory is used.
+
+        Raises:
+            CheckpointError: the file is shorter than its header said.
+        """
+        info = self.tensors[name]
+        dtype = torch_dtype(info.dtype)
+        item = dtype.itemsize
+        nbytes = (stop - start) * item
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+        raw = buffer[:nbytes]
+        self._read_into(name, memoryview(raw.numpy()), info.offset + start * item)
+        return raw.view(dtype) if nbytes else raw.new_empty(0, dtype=dtype)
+
+    def _read_into(self, name: str, view: memoryview, offset: int) -> None:
+        path = self.files[name]
+        fd = self._descriptors.get(path)
+        if fd is None:
+            fd = self._descriptors.setdefault(path, os.open(path, os.O_RDONLY))
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(fd, [view[done:]], offset + done)
+            except OSError as e:
+                raise CheckpointError(
+                    f"cannot read tensor {name!r}", where=str(path), why=e.strerror or str(e)
+                ) from e
+            if got == 0:
+                raise CheckpointError(
+                    f"the file ended inside tensor {name!r}",
+                    where=str(path),
+                    why="it was truncated or replaced during the run",
+                    fix="restore the file and run again",
+                )
+            done += got
+
+    def changed(self) -> list[str]:
+        """Input files that are not what they were when they were opened."""
+        return [s.path for s in self.stamps if not s.still_holds()]
+
+    def identity(self) -> list[list[Any]]:
+        """What decides whether a later run reads the same bytes: names, sizes, times and header digests."""
+        return [[Path(s.path).name, s.size, s.mtime_ns, s.header] for s in self.stamps]
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of an input model; CheckpointError if it is not one."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError("the file is too large to be read", where=str(path), why=f"over {MAX_JSON} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise CheckpointError("cannot read the file", where=str(path), why=e.strerror or str(e)) from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError("not valid JSON", where=str(path), why=str(e)) from e
+
+
+def open_folder(folder: Path, reference: str) -> Checkpoint:
+    """Open a Hugging Face folder, or a folder that holds only safetensors."""
+    config_path = folder / "config.json"
+    config = read_json(config_path) if config_path.exists() else None
+    if config is not None and not isinstance(config, dict):
+        raise CheckpointError("config.json does not hold an object", where=str(config_path))
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        chosen = _indexed(folder, index)
+    elif single.exists():
+        chosen = {"model.safetensors": None}
+    else:
+        found = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+        if not found:
+            raise _no_weights(folder)
+        chosen = dict.fromkeys(found)
+    return _assemble(reference, folder, config, {n: _inside(folder, n) for n in chosen}, chosen)
+
+
+def open_file(path: Path, reference: str) -> Checkpoint:
+    """Open one safetensors file as a raw state dict: no config, no tokenizer."""
+    return _assemble(reference, None, None, {path.name: path}, {path.name: None})
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    pickled = sorted(p.name for p in folder.glob("*.bin"))
+    if pickled:
+        return CheckpointError(
+            "holds no safetensors",
+            where=str(folder),
+            why=f"its weights are pickled ({pickled[0]}), and a pickle can run code",
+            fix="convert it to safetensors, or allow pickle for this run",
+        )
+    return CheckpointError("holds no weights", where=str(folder), fix="point to a folder with .safetensors files")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A shard by its plain name. Links may lead only to where a download cache keeps its blobs."""
+    path = folder / name
+    if path.is_symlink():
+        target = path.resolve()
+        root = folder.resolve()
+        cached = "blobs" in target.parts and target.parent.name == "blobs"
+        if not cached and root not in target.parents:
+            raise CheckpointError(
+                f"shard {name!r} is a link that leaves the model folder",
+                where=str(folder),
+                why=f"it leads to {target}",
+                fix="copy the file into the folder",
+            )
+    return path
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, set[str] | None]:
+    """Shard file -> names the index places in it."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("the index has no weight_map", where=str(index), fix="download the file again")
+    shards: dict[str, set[str] | None] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
+            raise CheckpointError(
+                f"the index places tensor {name[:80]!r} in {str(shard)[:80]!r}",
+                where=str(index),
+                why="a shard must be a plain .safetensors file name",
+                fix="do not use this checkpoint, or mend its index",
+            )
+        names = shards.setdefault(shard, set())
+        assert names is not None
+        names.add(name)
+    missing = [s for s in shards if not (folder / s).exists()]
+    if missing:
+        raise CheckpointError(
+            f"shard {missing[0]!r} is missing",
+            where=str(folder),
+            why=f"{len(missing)} of the {len(shards)} shards in the index are not there",
+            fix="download the checkpoint again",
+        )
+    return shards
+
+
+def _assemble(
+    reference: str,
+    folder: Path | None,
+    config: dict[str, Any] | None,
+    paths: dict[str, Path],
+    chosen: dict[str, set[str] | None],
+) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    files: dict[str, Path] = {}
+    stamps: list[Stamp] = []
+    warnings: list[str] = []
+    for shard in sorted(paths):
+        path, wanted = paths[shard], chosen[shard]
+        header = read_header(path)
+        stamps.append(_stamp(path, header))
+        absent = sorted((wanted or set()) - set(header.tensors))
+        if absent:
+            raise CheckpointError(
+                f"tensor {absent[0]!r} is not in the shard that the index names",
+                where=str(path),
+                why=f"{len(absent)} such tensors",
+                fix="download the checkpoint again",
+            )
+        extra = set(header.tensors) - wanted if wanted is not None else set()
+        if extra:
+            warnings.append(f"{path.name}: {len(extra)} tensors that the index does not list are ignored")
+        for name, info in header.tensors.items():
+            if name in extra:
+                continue
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor {name!r} is in two files",
+                    where=str(folder or path),
+                    why=f"{files[name].name} and {path.name}, and no index says which one counts",
+                    fix="remove the stray file",
+                )
+            tensors[name], files[name] = info, path
+    return Checkpoint(reference, folder, config, tensors, files, tuple(stamps), warnings)
+
+
+def _stamp(path: Path, header: Header) -> Stamp:
+    s = path.stat()
+    if s.st_size != header.file_size:
+        raise CheckpointError("the file changed while it was opened", where=str(path), fix="run again")
+    return Stamp(str(path.resolve()), s.st_size, s.st_mtime_ns, s.st_ino, header.digest)
