@@ -1,1 +1,38 @@
-"""Merge, shrink and pack models, tensor by tensor, within a memory budget."""
+"""Merge, shrink and pack models, tensor by tensor, within a memory budget.
+
+Everything public is imported on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mergekit_lr.engine.api import plan as plan
+    from mergekit_lr.engine.run import MergeResult as MergeResult
+    from mergekit_lr.engine.run import merge as merge
+    from mergekit_lr.evaluate import evaluate as evaluate
+    from mergekit_lr.recipe import load_recipe as load_recipe
+    from mergekit_lr.report.inspect import inspect as inspect
+    from mergekit_lr.report.verify import verify as verify
+
+_HOMES = {
+    "merge": "mergekit_lr.engine.run",
+    "MergeResult": "mergekit_lr.engine.run",
+    "plan": "mergekit_lr.engine.api",
+    "load_recipe": "mergekit_lr.recipe",
+    "inspect": "mergekit_lr.report.inspect",
+    "verify": "mergekit_lr.report.verify",
+    "evaluate": "mergekit_lr.evaluate",
+}
+__all__ = ["MergeResult", "evaluate", "inspect", "load_recipe", "merge", "plan", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

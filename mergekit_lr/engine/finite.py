@@ -1,0 +1,67 @@
+"""Says which input spoiled a tensor: model, tensor, first index, how many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mergekit_lr.checkpoint.dtypes import OVERFLOWS_AT
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.graph.nodes import Operation, Sink, sources_of
+from mergekit_lr.lazy import torch
+from mergekit_lr.pieces import element_count
+
+STEP = 1 << 20
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """The four parts of the error or warning."""
+
+    what: str
+    where: str
+    why: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what} ({self.why})"
+
+
+def explain_nonfinite(
+    checkpoints: Sequence[Checkpoint], operation: Operation, sink: Sink | None, largest: float
+) -> NonFinite:
+    """Read the inputs of an operation again and find the first value that is not finite.
+
+    Where all inputs are finite, the fault is the merge's: an overflow in the cast, or in the arithmetic.
+    """
+    for source in sources_of(operation):
+        checkpoint = checkpoints[source.model]
+        first, count = None, 0
+        n = element_count(checkpoint.tensors[source.tensor].shape)
+        for start in range(0, n, STEP):
+            bad = ~torch.isfinite(checkpoint.read(source.tensor, start, min(n, start + STEP)).float())
+            here = int(bad.sum())
+            if here and first is None:
+                first = start + int(bad.to(torch.uint8).argmax())
+            count += here
+        if first is not None:
+            return NonFinite(
+                f"tensor {source.tensor!r} holds {count} values that are NaN or infinite",
+                checkpoint.reference,
+                f"the first is at flat index {first} of {n}",
+                "use a sound checkpoint, or set `nonfinite: warn` or `allow` in the recipe",
+            )
+    if sink is not None and math.isfinite(largest):
+        return NonFinite(
+            f"merged values reach {largest:.6g}",
+            f"tensor {sink.name!r}",
+            f"{sink.dtype} becomes infinite from {OVERFLOWS_AT[sink.dtype]:.6g}",
+            "set out_dtype: bfloat16 or float32",
+        )
+    return NonFinite(
+        "the merge gave values that are not finite",
+        f"tensor {operation.call.name!r}",
+        f"{operation.method} overflowed fp32 on finite inputs",
+        "look at the weights and lambda in the recipe",
+    )

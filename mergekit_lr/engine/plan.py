@@ -1,0 +1,201 @@
+"""Everything that is known of a merge before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint.dtypes import AVERAGED
+from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.open import open_model
+from mergekit_lr.engine.memory import Budget, make_budget
+from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
+from mergekit_lr.engine.units import Unit, slicing_of, units_of
+from mergekit_lr.graph.build import build_graph
+from mergekit_lr.graph.nodes import MergeGraph, sources_of
+from mergekit_lr.method import Slicing
+from mergekit_lr.pieces import element_count
+from mergekit_lr.recipe import Recipe, load_recipe
+from mergekit_lr.sizes import parse_size
+
+DEFAULT_SHARD = "5GB"
+SHOWN_PROBLEMS = 20
+
+
+@dataclass
+class Plan:
+    """A merge, laid out: what is read, computed and written, and what it costs. Holds its inputs open."""
+
+    recipe: Recipe
+    inputs: dict[str, Checkpoint]
+    graph: MergeGraph
+    layout: Layout
+    budget: Budget
+    units: list[Unit]
+    device: str
+    config: bytes | None
+    files: dict[str, bytes]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes read once over; methods with statistics read their inputs again."""
+        total = 0
+        for sink in self.graph.sinks:
+            for source in sources_of(sink.value):
+                total += self.inputs[self.graph.models[source.model]].tensors[source.tensor].nbytes
+        return total
+
+    @property
+    def parameters(self) -> int:
+        return sum(element_count(s.shape) for s in self.graph.sinks)
+
+    @property
+    def peak_memory(self) -> int:
+        slicing = {i: slicing_of(s) for i, s in enumerate(self.graph.sinks)}
+        return self.budget.peak(self.graph, slicing)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the output's bytes. A run is resumed only under the same fingerprint."""
+        from mergekit_lr import __version__
+
+        source = inspect.getsource(type(self.recipe.method))
+        return {
+            "version": __version__,
+            "recipe": self.recipe.digest(),
+            "method": hashlib.sha256(source.encode()).hexdigest(),
+            "graph": self.graph.digest,
+            "inputs": {m: self.inputs[m].identity() for m in self.graph.models},
+            "shards": [[s.file, s.size] for s in self.layout.shards],
+            "device": self.device.partition(":")[0],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `plan --json` prints it. Sizes in bytes."""
+        return {
+            "merge_method": self.recipe.merge_method,
+            "models": list(self.graph.models),
+            "tensors": len(self.graph.sinks),
+            "parameters": self.parameters,
+            "rules": self.graph.rules(),
+            "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in self.graph.dropped],
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.layout.file_bytes,
+            "shards": [{"file": s.file, "bytes": s.size} for s in self.layout.shards],
+            "units": len(self.units),
+            "threads": self.budget.threads,
+            "piece_elements": self.budget.piece,
+            "memory_limit": self.budget.limit,
+            "peak_memory": self.peak_memory,
+            "device": self.device,
+            "dtypes": sorted({s.dtype for s in self.graph.sinks}),
+            "files": sorted(self.files),
+            "warnings": self.warnings,
+        }
+
+    def summary_lines(self) -> list[str]:
+        """The plan in words."""
+        d = self.to_dict()
+        lines = [
+            f"{d['merge_method']} of {len(d['models'])} models: {', '.join(d['models'])}",
+            f"{d['tensors']} tensors, {d['parameters']:,} parameters, as {', '.join(d['dtypes'])}",
+            f"reads {d['bytes_in'] / 2**20:,.1f} MiB, writes {d['bytes_out'] / 2**20:,.1f} MiB "
+            f"in {len(d['shards'])} file{'s' if len(d['shards']) > 1 else ''}",
+            f"{d['units']} units of work, {d['threads']} threads on {d['device']}, "
+            f"about {d['peak_memory'] / 2**20:,.0f} MiB of tensors in memory",
+        ]
+        lines += [f"{count} tensors {rule}" for rule, count in d["rules"].items()]
+        return lines + [f"warning: {w}" for w in self.warnings]
+
+
+def choose_device(device: str) -> str:
+    """``auto`` is a GPU where there is one."""
+    from mergekit_lr.errors import UsageError
+
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise UsageError(f"device {device!r} is not known", fix="use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device!r} is not there", fix="use --device auto or cpu")
+    return f"cuda:{int(number or 0)}"
+
+
+@contextmanager
+def planned(
+    recipe: Recipe | str | Path | dict[str, Any],
+    *,
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    threads: int | None = None,
+    shard_size: str | int = DEFAULT_SHARD,
+    allow_pickle: bool = False,
+) -> Iterator[Plan]:
+    """Open the inputs (headers only), check them against each other, and lay everything out.
+
+    Raises:
+        RecipeError: the recipe is not valid.
+        CheckpointError: an input is missing or damaged, or they do not fit each other.
+        ResourceError: the memory budget is too small for a tensor that cannot be cut.
+    """
+    loaded = load_recipe(recipe)
+    with ExitStack() as stack:
+        inputs: dict[str, Checkpoint] = {}
+        references = [e.reference for e in loaded.models]
+        references += [r for r in (loaded.base_model, loaded.tokenizer_source) if r is not None]
+        for reference in references:
+            if str(reference) not in inputs:
+                opened = open_model(reference, allow_pickle=allow_pickle)
+                stack.callback(opened.close)
+                inputs[str(reference)] = opened
+        yield _lay_out(loaded, inputs, choose_device(device), max_memory, threads, shard_size)
+
+
+def _lay_out(
+    recipe: Recipe,
+    inputs: dict[str, Checkpoint],
+    device: str,
+    max_memory: str | int | None,
+    threads: int | None,
+    shard_size: str | int,
+) -> Plan:
+    graph = build_graph(recipe, inputs)
+    merged = [inputs[m] for m in graph.models]
+    check_vocabularies(merged)
+    layout = lay_out(graph.sinks, parse_size(shard_size))
+    slicing = {i: slicing_of(s) for i, s in enumerate(graph.sinks)}
+    uncut = {i: how for i, how in slicing.items() if how is Slicing.NONE}
+    limit = None if max_memory is None else parse_size(max_memory)
+    budget = make_budget(graph, uncut, limit, threads, device)
+    tokenizer = inputs[str(recipe.tokenizer_source)] if recipe.tokenizer_source else merged[0]
+    config, config_warnings = merged_config(merged[0], {s.dtype for s in graph.sinks if s.dtype in AVERAGED})
+    files, file_warnings = carried_over(merged[0], tokenizer)
+    warnings = [*recipe.warnings, *config_warnings, *file_warnings]
+    for checkpoint in merged:
+        warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
+    if graph.dropped:
+        model, tensor, rule = graph.dropped[0]
+        more = f" and {len(graph.dropped) - 1} more" if len(graph.dropped) > 1 else ""
+        warnings.append(f"{model}: tensor {tensor!r}{more} not merged ({rule})")
+    units = units_of(graph, budget.threads)
+    return Plan(recipe, inputs, graph, layout, budget, units, device, config, files, warnings)
+
+
+def bytes_of(plan: Plan) -> int:
+    """Bytes that a run reads and writes at least, as its progress counts them."""
+    total = 0
+    for sink in plan.graph.sinks:
+        merged = sink.rule == "merged"
+        total += nbytes_of(sink) * (1 + (len(plan.graph.models) if merged else 1))
+    return total

@@ -1,0 +1,318 @@
+"""Runs a plan from start to commit."""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
+from mergekit_lr.checkpoint.header import read_header
+from mergekit_lr.engine.digest import ALGORITHM, CHUNK, ChunkDigests, combine
+from mergekit_lr.engine.execute import Job, Looks, Worker, work
+from mergekit_lr.engine.journal import Journal
+from mergekit_lr.engine.memory import keep_freed_memory
+from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, bytes_of, planned
+from mergekit_lr.engine.progress import Progress, ProgressEvent
+from mergekit_lr.engine.units import Unit
+from mergekit_lr.engine.workspace import Workspace
+from mergekit_lr.errors import CheckpointError, VerificationError
+from mergekit_lr.lazy import torch
+from mergekit_lr.method import Pass
+from mergekit_lr.pieces import drive
+from mergekit_lr.recipe import Recipe
+from mergekit_lr.registry import get_method
+
+TICK = 0.1  # seconds between looks at the workers
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """``out``: the finished folder. ``report``: what ``merge_report.json`` in it says."""
+
+    out: Path
+    report: dict[str, Any]
+
+
+def merge(
+    recipe: Recipe | str | Path | dict[str, Any],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    max_memory: str | int | None = None,
+    threads: int | None = None,
+    shard_size: str | int = DEFAULT_SHARD,
+    resume: bool = True,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Carry out a recipe and write the merged model to the folder ``out``.
+
+    The same recipe, inputs and kind of device give the same bytes, whatever the threads, the memory budget and
+    interruptions. Work happens in ``out.partial``; the same call resumes it after a kill.
+
+    Args:
+        recipe: path of a YAML file, YAML text, a mapping, or a loaded recipe.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        max_memory: bytes of tensors held at once, such as ``"8GiB"``; by default half of what is free.
+        shard_size: most bytes of data in one output file, such as ``"5GB"``.
+        resume: go on with matching unfinished work; False discards it.
+        overwrite: replace ``out`` if it exists, in the moment the new one is complete.
+        allow_pickle: read ``.bin`` weights too, in a confined child process.
+        progress: called from this thread a few times a second.
+
+    Raises:
+        MergekitLrError: one of the family in `mergekit_lr.errors`; nothing is left at ``out`` then.
+    """
+    target = Path(out)
+    with planned(
+        recipe,
+        device=device,
+        max_memory=max_memory,
+        threads=threads,
+        shard_size=shard_size,
+        allow_pickle=allow_pickle,
+    ) as plan:
+        return run(plan, target, resume=resume, overwrite=overwrite, progress=progress)
+
+
+def run(
+    plan: Plan, out: Path, *, resume: bool = True, overwrite: bool = False, progress: Progress | None = None
+) -> MergeResult:
+    """Carry out a plan; see `merge`."""
+    began = time.monotonic()
+    space = Workspace(out, plan.fingerprint())
+    if resume and space.committed():
+        return MergeResult(out, json.loads((out / "merge_report.json").read_bytes()))
+    used = [c.folder or Path(c.stamps[0].path) for c in plan.inputs.values()]
+    space.check_target(overwrite=overwrite, inputs=used)
+    space.claim(resume=resume)
+    try:
+        space.prepare(plan.layout)
+        job = _job(plan, space)
+        try:
+            _trust_but_verify(plan, job)
+            with one_thread_each():
+                _artifacts(plan, job)
+                _drain(plan, job, progress)
+        finally:
+            job.close()
+        _check_inputs_unchanged(plan)
+        _check_shards(plan, space)
+        report = _report(plan, job, time.monotonic() - began)
+        space.commit(_small_files(plan, report), plan.layout, overwrite=overwrite)
+    finally:
+        space.release()
+    return MergeResult(out, report)
+
+
+def _job(plan: Plan, space: Workspace) -> Job:
+    return Job(
+        graph=plan.graph,
+        inputs=plan.inputs,
+        layout=plan.layout,
+        folder=space.model,
+        journal=space.journal(),
+        device=plan.device,
+        piece=plan.budget.piece,
+        nonfinite=plan.recipe.nonfinite,
+    )
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """One thread inside each torch operation, so that no result depends on how many there are."""
+    before = torch.get_num_threads()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _trust_but_verify(plan: Plan, job: Job) -> None:
+    """Read back what an earlier run says it finished, and do again what does not match.
+
+    The journal may have outrun the data: after a power loss its line can be there and the tensor's pages not.
+    """
+    for unit in plan.units:
+        record = job.journal.done.get(unit.key(plan.graph))
+        if record is not None and _written(plan, job, unit) != record["chunks"]:
+            job.journal.forget(unit.key(plan.graph))
+
+
+def _written(plan: Plan, job: Job, unit: Unit) -> list[str]:
+    sink = plan.graph.sinks[unit.sink]
+    place = plan.layout.places[sink.name]
+    item = ITEM_BYTES[sink.dtype]
+    digests = ChunkDigests()
+    with (job.folder / plan.layout.shards[place.shard].file).open("rb") as f:
+        f.seek(place.offset + unit.start * item)
+        left = (unit.stop - unit.start) * item
+        while left > 0:
+            data = f.read(min(left, CHUNK))
+            digests.update(memoryview(data))
+            left -= len(data)
+    return digests.finish()
+
+
+def _artifacts(plan: Plan, job: Job) -> None:
+    """Model-wide statistics: every pass over every tensor that the method merges, in output order."""
+    for artifact in plan.graph.artifacts:
+        method = get_method(artifact.method)
+        operations = [o for o in plan.graph.operations if o.artifact == artifact]
+
+        def look(wanted: Pass[Any, Any], operations: Any = operations, method: Any = method) -> Any:
+            def one(operation: Any) -> Any:
+                total = None
+                looks = Looks(_worker(job), method, operation, None)
+                for call, piece in looks.pieces(wanted):
+                    total = wanted.fold(total, wanted.map(call, piece))
+                return total
+
+            from concurrent.futures import ThreadPoolExecutor
+
+            total = None
+            with ThreadPoolExecutor(plan.budget.threads, initializer=_begin_thread) as pool:
+                for partial in pool.map(one, operations):
+                    total = partial if total is None else wanted.fold(total, partial)
+            return wanted.finish(total)
+
+        job.artifacts[artifact.method] = drive(method.model_statistics([o.call for o in operations]), look)
+
+
+_local = threading.local()
+
+
+def _begin_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _worker(job: Job) -> Worker:
+    """This thread's worker for artifact passes."""
+    worker: Worker | None = getattr(_local, "worker", None)
+    if worker is None or worker.job is not job:
+        worker = _local.worker = Worker(job)
+    return worker
+
+
+def _drain(plan: Plan, job: Job, progress: Progress | None) -> None:
+    """Let the workers do every unit that is not done yet."""
+    todo = deque(u for u in plan.units if u.key(plan.graph) not in job.journal.done)
+    total = bytes_of(plan)
+    failures: list[BaseException] = []
+    threads = [
+        threading.Thread(target=work, args=(job, todo, failures), daemon=True) for _ in range(plan.budget.threads)
+    ]
+    for t in threads:
+        t.start()
+    try:
+        for t in threads:
+            while t.is_alive():
+                t.join(TICK)
+                if progress is not None:
+                    progress(ProgressEvent(job.done_bytes, total, "merging"))
+    except BaseException:
+        job.stop.set()
+        for t in threads:
+            t.join()
+        raise
+    if failures:
+        raise failures[0]
+
+
+def _check_inputs_unchanged(plan: Plan) -> None:
+    changed = [p for m in plan.graph.models for p in plan.inputs[m].changed()]
+    if changed:
+        raise CheckpointError(
+            "an input changed during the run",
+            where=changed[0],
+            why="its size, time or inode is not what it was at the start",
+            fix="run again with --restart",
+        )
+
+
+def _check_shards(plan: Plan, space: Workspace) -> None:
+    """Read our own headers back with the strict reader before anything can load them."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for shard in plan.layout.shards:
+        header = read_header(space.model / shard.file)
+        found.update({t.name: (t.dtype, t.shape) for t in header.tensors.values()})
+    wanted = {s.name: (s.dtype, s.shape) for s in plan.graph.sinks}
+    if found != wanted:
+        raise VerificationError(
+            "the shards do not hold what was planned", where=str(space.model), fix="run again with --restart"
+        )
+
+
+def _report(plan: Plan, job: Job, seconds: float) -> dict[str, Any]:
+    from mergekit_lr import __version__
+
+    chunks: dict[str, list[tuple[int, list[str]]]] = {}
+    largest: dict[str, float] = {}
+    for unit in plan.units:
+        record = job.journal.done[unit.key(plan.graph)]
+        name = plan.graph.sinks[unit.sink].name
+        chunks.setdefault(name, []).append((unit.start, record["chunks"]))
+        if "max_abs" in record:
+            largest[name] = max(largest.get(name, 0.0), record["max_abs"])
+    digests = {n: combine(c for _, part in sorted(parts) for c in part) for n, parts in chunks.items()}
+    tensors = [
+        {
+            "name": s.name,
+            "rule": s.rule,
+            "dtype": s.dtype,
+            "shape": list(s.shape),
+            "digest": digests[s.name],
+            **({"max_abs": largest[s.name]} if s.name in largest else {}),
+        }
+        for s in plan.graph.sinks
+    ]
+    return {
+        "mergekit_lr": __version__,
+        "merge_method": plan.recipe.merge_method,
+        "recipe_digest": plan.recipe.digest(),
+        "inputs": [_input(plan, m) for m in plan.graph.models],
+        "rules": plan.graph.rules(),
+        "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in plan.graph.dropped],
+        "warnings": plan.warnings + job.warnings,
+        "digest_algorithm": ALGORITHM,
+        "tensors": tensors,
+        "run": {
+            "device": plan.device,
+            "threads": plan.budget.threads,
+            "seconds": round(seconds, 3),
+            "planned_peak_bytes": plan.peak_memory,
+            "process_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+    }
+
+
+def _input(plan: Plan, model: str) -> dict[str, Any]:
+    checkpoint = plan.inputs[model]
+    files = [{"file": Path(s.path).name, "bytes": s.size, "header_sha256": s.header} for s in checkpoint.stamps]
+    return {"model": model, "revision": checkpoint.revision, "files": files}
+
+
+def _small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
+    from mergekit_lr.report.card import model_card
+
+    files = dict(plan.files)
+    if plan.config is not None:
+        files["config.json"] = plan.config
+    index = plan.layout.index(plan.parameters)
+    if index is not None:
+        files["model.safetensors.index.json"] = index
+    files["mergekit_lr.yml"] = plan.recipe.text.encode()
+    files["README.md"] = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models]).encode()
+    files["merge_report.json"] = (json.dumps(report, indent=1) + "\n").encode()
+    return files

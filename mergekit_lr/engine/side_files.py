@@ -1,0 +1,128 @@
+"""Everything in an output folder that is not weights: config, tokenizer, generation settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint.model import Checkpoint, read_json
+from mergekit_lr.errors import CheckpointError, join_problems
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+OTHER_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+LARGEST_FILE = 64 << 20
+TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str, bytes], list[str]]:
+    """Small files taken as they are, by an allow-list: (name -> bytes, warnings)."""
+    files: dict[str, bytes] = {}
+    warnings: list[str] = []
+    for checkpoint, names in ((reference, OTHER_FILES), (tokenizer, TOKENIZER_FILES)):
+        if checkpoint.folder is None:
+            continue
+        for name in names:
+            path = checkpoint.folder / name
+            if not path.is_file():
+                continue
+            if path.stat().st_size > LARGEST_FILE:
+                warnings.append(f"{checkpoint.reference}: {name} is over 64 MiB and is not carried over")
+                continue
+            if path.is_symlink() and not _stays(path, checkpoint.folder):
+                warnings.append(f"{checkpoint.reference}: {name} is a link out of the model folder, not followed")
+                continue
+            files[name] = path.read_bytes()
+    return files, warnings
+
+
+def _stays(path: Path, folder: Path) -> bool:
+    target = path.resolve()
+    return folder.resolve() in target.parents or target.parent.name == "blobs"
+
+
+def merged_config(reference: Checkpoint, dtypes: set[str]) -> tuple[bytes | None, list[str]]:
+    """config.json of the output: the reference's, its dtype set to what was written, code references dropped."""
+    if reference.config is None:
+        return None, []
+    warnings: list[str] = []
+    config: dict[str, Any] = dict(reference.config)
+    if "auto_map" in config:
+        del config["auto_map"]
+        warnings.append(
+            f"{reference.reference}: its config points to Python files (auto_map); code is not carried over, "
+            "so the output loads only where transformers knows the architecture"
+        )
+    floating = [d for d in dtypes if d in TORCH_NAMES]
+    if len(floating) == 1:
+        known = [k for k in ("dtype", "torch_dtype") if k in config] or ["torch_dtype"]
+        for key in known:
+            config[key] = TORCH_NAMES[floating[0]]
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), warnings
+
+
+def vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """Token string -> id from tokenizer.json, added tokens included; None where there is no such file."""
+    path = checkpoint.folder / "tokenizer.json" if checkpoint.folder else None
+    if path is None or not path.exists():
+        return None
+    content = read_json(path)
+    vocab = content.get("model", {}).get("vocab") if isinstance(content, dict) else None
+    if isinstance(vocab, list):  # unigram: [[token, score], ...]
+        vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+    if not isinstance(vocab, dict):
+        return None
+    added = {t["content"]: t["id"] for t in content.get("added_tokens", []) if isinstance(t, dict)}
+    return {**vocab, **added}
+
+
+def check_vocabularies(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse inputs whose tokens have different ids: row i of the embeddings would mean different tokens.
+
+    Raises:
+        CheckpointError: names the first tokens that differ. Models without tokenizer.json are not compared.
+    """
+    reference: tuple[str, dict[str, int]] | None = None
+    problems: list[str] = []
+    for checkpoint in checkpoints:
+        found = vocabulary(checkpoint)
+        if found is None:
+            continue
+        if reference is None:
+            reference = (checkpoint.reference, found)
+            continue
+        name, own = reference
+        differ = sorted(t for t in own.keys() & found.keys() if own[t] != found[t])
+        only = sorted(found.keys() - own.keys())
+        missing = sorted(own.keys() - found.keys())
+        # A token that only one of them has is harmless unless another token stands at its id.
+        taken = set(own.values())
+        moved = [t for t in only if found[t] in taken]
+        if differ or moved:
+            shown = ", ".join(repr(t) for t in (differ or moved)[:3])
+            problems.append(
+                f"{checkpoint.reference}: {len(differ) or len(moved)} tokens have other ids than in {name} "
+                f"(for example {shown}; {len(only)} tokens only here, {len(missing)} only there); "
+                "merge models that share one tokenizer"
+            )
+    if problems:
+        raise join_problems(CheckpointError, problems)

@@ -1,0 +1,71 @@
+"""Units of work: an output tensor, or a run of whole chunks of one where the method lets parts stand alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
+from mergekit_lr.checkpoint.layout import nbytes_of
+from mergekit_lr.engine.digest import CHUNK
+from mergekit_lr.graph.nodes import MergeGraph, Sink, operation_of
+from mergekit_lr.method import Slicing
+from mergekit_lr.pieces import element_count
+from mergekit_lr.registry import get_method
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Elements ``start .. stop`` of sink number ``sink``."""
+
+    sink: int
+    start: int
+    stop: int
+
+    def key(self, graph: MergeGraph) -> str:
+        return f"{graph.sinks[self.sink].name}@{self.start}"
+
+
+def slicing_of(sink: Sink) -> Slicing:
+    operation = operation_of(sink.value)
+    if operation is None:
+        return Slicing.ELEMENTWISE
+    return get_method(operation.method).slicing(operation.call.merge)
+
+
+def stands_alone(sink: Sink) -> bool:
+    """Whether parts of the tensor can be merged without having looked at the rest."""
+    operation = operation_of(sink.value)
+    if operation is None:
+        return True
+    if slicing_of(sink) is not Slicing.ELEMENTWISE:
+        return False
+    statistics = get_method(operation.method).statistics(operation.call, None)
+    if statistics is not None:
+        statistics.close()
+    return statistics is None
+
+
+def units_of(graph: MergeGraph, threads: int) -> list[Unit]:
+    """All units, in an order that follows the reference's bytes on disk, large ones first.
+
+    A tensor that is a sizeable part of a worker's share goes first, so that no worker is left with it at the end.
+    """
+    units: list[Unit] = []
+    total = sum(nbytes_of(s) for s in graph.sinks)
+    for i, sink in enumerate(graph.sinks):
+        n = element_count(sink.shape)
+        step = CHUNK // ITEM_BYTES[sink.dtype]
+        if n > step and stands_alone(sink):
+            units += [Unit(i, a, min(n, a + step)) for a in range(0, n, step)]
+        else:
+            units.append(Unit(i, 0, n))
+    return largest_first(units, graph.sinks, total // max(1, 16 * threads))
+
+
+def largest_first(units: Sequence[Unit], sinks: Sequence[Sink], threshold: int) -> list[Unit]:
+    def size(u: Unit) -> int:
+        return (u.stop - u.start) * ITEM_BYTES[sinks[u.sink].dtype]
+
+    large = [u for u in units if size(u) > threshold]
+    return sorted(large, key=lambda u: -size(u)) + [u for u in units if size(u) <= threshold]

@@ -1,0 +1,209 @@
+"""The folder in which a run works, and the one rename that turns it into an output.
+
+``OUT.partial/`` holds ``model/`` (what will be ``OUT``), ``plan.json`` (what the run was asked for), the
+``journal`` and a ``lock``. Until the rename nothing is at ``OUT``; after it everything is. A run that finds a
+matching ``OUT.partial`` goes on where it stopped; one that finds another's refuses and says what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint import fs
+from mergekit_lr.checkpoint.layout import Layout
+from mergekit_lr.engine.journal import Journal
+from mergekit_lr.errors import ResourceError, UsageError
+
+
+@dataclass
+class Workspace:
+    """Paths of one run. ``fingerprint`` decides whether earlier work may be used."""
+
+    out: Path
+    fingerprint: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.root = self.out.with_name(self.out.name + ".partial")
+        self.model = self.root / "model"
+        self.plan = self.root / "plan.json"
+        self.lock = self.root / "lock"
+
+    def check_target(self, *, overwrite: bool, inputs: list[Path]) -> None:
+        """Refuse to write over an input, or over anything without being told to."""
+        target = self.out.resolve()
+        for used in inputs:
+            own = used.resolve()
+            if own == target or target in own.parents:
+                raise UsageError(
+                    "the output is one of the inputs", where=str(self.out), fix="write to another folder"
+                )
+        if (self.out.exists() or self.out.is_symlink()) and not overwrite:
+            raise UsageError(
+                "the output exists already", where=str(self.out), fix="choose another name, or pass --overwrite"
+            )
+
+    def committed(self) -> bool:
+        """Whether an earlier run of the same kind renamed its work and was killed before it tidied up."""
+        if not self.out.is_dir() or self.model.exists() or not self.plan.exists():
+            return False
+        try:
+            same = bool(json.loads(self.plan.read_bytes()) == json.loads(json.dumps(self.fingerprint)))
+        except ValueError:
+            return False
+        if same:
+            fs.remove_tree(self.root)
+        return same
+
+    def claim(self, *, resume: bool) -> None:
+        """Create or take over ``OUT.partial``; start afresh unless resuming finds the same fingerprint."""
+        self._check_writable()
+        if not resume:
+            self._check_lock()
+            fs.remove_tree(self.root)
+        fs.make_folder(self.root)
+        self._take_lock()
+        try:
+            self._match_plan()
+        except BaseException:
+            self.release()
+            raise
+        fs.make_folder(self.model)
+
+    def _check_writable(self) -> None:
+        parent = self.out.parent
+        if not parent.is_dir():
+            raise ResourceError(
+                "the output's parent folder does not exist", where=str(parent), fix="create it first"
+            )
+
+    def _match_plan(self) -> None:
+        wanted = json.dumps(self.fingerprint, sort_keys=True, indent=1).encode()
+        if not self.plan.exists():
+            fs.write_file(self.plan, wanted)
+            return
+        try:
+            before = json.loads(self.plan.read_bytes())
+        except ValueError:
+            before = None  # killed while it was being written: nothing was done yet
+        if before is None:
+            fs.write_file(self.plan, wanted)
+            return
+        after = json.loads(wanted)
+        if before != after:
+            changed = sorted(k for k in {*before, *after} if before.get(k) != after.get(k))
+            raise UsageError(
+                "the unfinished work there was for another run",
+                where=str(self.root),
+                why=f"changed since: {', '.join(changed)}",
+                fix="pass --restart to discard it, or choose another output",
+            )
+
+    def prepare(self, layout: Layout) -> None:
+        """Reserve the shards and write their headers."""
+        self._check_space(layout)
+        for shard in layout.shards:
+            path = self.model / shard.file
+            fs.preallocate(path, shard.size)
+            fd = fs.open_for_writing(path)
+            try:
+                fs.pwrite(fd, memoryview(shard.header), 0, path)
+            finally:
+                os.close(fd)
+
+    def _check_space(self, layout: Layout) -> None:
+        stat = os.statvfs(self.root)
+        held = sum(p.stat().st_blocks * 512 for p in self.model.glob("*.safetensors"))
+        needed = int(layout.file_bytes * 1.02) - held
+        free = stat.f_bavail * stat.f_frsize
+        if needed > free:
+            raise ResourceError(
+                f"the output needs {needed / 2**20:.0f} MiB more",
+                where=str(self.root),
+                why=f"{free / 2**20:.0f} MiB are free",
+                fix="free some space and run the same command again",
+            )
+
+    def journal(self) -> Journal:
+        return Journal(self.root / "journal")
+
+    def commit(self, files: dict[str, bytes], layout: Layout, *, overwrite: bool) -> None:
+        """Make everything durable, then rename. ``files`` are the small ones: index, config, card, report."""
+        for shard in layout.shards:
+            fs.fsync(self.model / shard.file)
+        for name, data in files.items():
+            fs.write_file(self.model / name, data)
+        self._remove_strays({s.file for s in layout.shards} | set(files))
+        fs.fsync(self.model)
+        aside = self.root / "replaced"
+        if overwrite and (self.out.exists() or self.out.is_symlink()):
+            fs.rename(self.out, aside)
+        fs.rename(self.model, self.out)
+        self.release()
+        fs.remove_tree(self.root)
+
+    def _remove_strays(self, wanted: set[str]) -> None:
+        for path in self.model.iterdir():
+            if path.name not in wanted:
+                fs.remove_file(path)
+
+    def _take_lock(self) -> None:
+        while not fs.create_exclusive(self.lock, json.dumps(_identity()).encode()):
+            self._check_lock()
+            fs.remove_file(self.lock)
+
+    def _check_lock(self) -> None:
+        """Refuse while another live process holds the lock. One left by a dead process does not count."""
+        try:
+            holder = json.loads(self.lock.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return
+        if isinstance(holder, dict) and _alive(holder):
+            raise UsageError(
+                "another run is writing this output",
+                where=str(self.root),
+                why=f"process {holder.get('pid')} on {holder.get('host')}",
+                fix="wait for it, or choose another output",
+            )
+
+    def release(self) -> None:
+        fs.remove_file(self.lock)
+
+
+def _identity() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(), "began": _began(os.getpid())}
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _began(pid: int) -> str:
+    """When a process started, so that a recycled pid is not taken for its former owner."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != socket.gethostname():
+        return True  # it cannot be asked; believing it costs a retry, not believing it a corrupted output
+    if holder.get("boot") != _boot():
+        return False
+    try:
+        os.kill(int(holder.get("pid", 0)), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return bool(_began(int(holder["pid"])) == holder.get("began"))
+
+

@@ -1,0 +1,158 @@
+"""The merge graph: what is computed from what, as plain data.
+
+Expressions are nested and immutable; equal ones are one node. Three kinds: *sources* (`Source`), *operations*
+(`Operation`, with the conversions `Delta` and `Restore`, and `Artifact` for what must be known of the whole
+model first) and *sinks* (`Sink`: a named place in the output).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from mergekit_lr.method import Call, Space
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Tensor ``tensor`` of input ``model`` (its index among the graph's models)."""
+
+    model: int
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """``value - base``: a task vector."""
+
+    value: Source
+    base: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Statistics of a method over all tensors it merges; computed before any of them is written."""
+
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A method applied to its inputs, in the space that it declares."""
+
+    method: str
+    call: Call
+    inputs: tuple[Source | Delta, ...]
+    base: Source | None
+    space: Space
+    artifact: Artifact | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """``base + value``: back from a task vector to weights."""
+
+    value: Operation
+    base: Source
+
+
+Expression: TypeAlias = Source | Delta | Operation | Restore
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """One output tensor. ``rule`` names how it came about: ``merged``, or ``copied: <why>``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    value: Expression
+    rule: str
+
+
+@dataclass(frozen=True)
+class MergeGraph:
+    """Everything that will be written, and everything that will not and why.
+
+    ``models``: references of the inputs, by index. ``dropped``: (model, tensor, rule) of every input tensor that
+    no output takes.
+    """
+
+    models: tuple[str, ...]
+    sinks: tuple[Sink, ...]
+    dropped: tuple[tuple[str, str, str], ...] = ()
+
+    @cached_property
+    def operations(self) -> tuple[Operation, ...]:
+        """Every operation, in output order."""
+        found = (operation_of(s.value) for s in self.sinks)
+        return tuple(o for o in found if o is not None)
+
+    @cached_property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        return tuple(sorted({o.artifact for o in self.operations if o.artifact}, key=lambda a: a.method))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the whole graph: two graphs with one digest do the same."""
+        h = hashlib.sha256()
+        for sink in self.sinks:
+            h.update(repr(sink).encode())
+        h.update(json.dumps([self.models, self.dropped]).encode())
+        return h.hexdigest()
+
+    def rules(self) -> dict[str, int]:
+        """How many tensors each rule accounts for."""
+        out: dict[str, int] = {}
+        for rule in [s.rule for s in self.sinks] + [f"dropped: {d[2]}" for d in self.dropped]:
+            out[rule] = out.get(rule, 0) + 1
+        return out
+
+    def lines(self) -> Iterator[str]:
+        """The graph in words, one output tensor a line."""
+        for s in self.sinks:
+            yield f"{s.name} [{'x'.join(map(str, s.shape))}] {s.dtype} = {self.show(s.value)}"
+
+    def show(self, node: Expression) -> str:
+        if isinstance(node, Source):
+            return f"{self.models[node.model]}:{node.tensor}"
+        if isinstance(node, Delta):
+            return f"({self.show(node.value)} - {self.show(node.base)})"
+        if isinstance(node, Restore):
+            return f"{self.show(node.base)} + {self.show(node.value)}"
+        return f"{node.method}({', '.join(self.show(i) for i in node.inputs)})"
+
+
+def operation_of(node: Expression) -> Operation | None:
+    """The operation in an output's expression, if it has one."""
+    if isinstance(node, Restore):
+        return node.value
+    return node if isinstance(node, Operation) else None
+
+
+def sources_of(node: Expression) -> list[Source]:
+    """Every tensor that an expression reads, each once, in order."""
+    if isinstance(node, Source):
+        return [node]
+    if isinstance(node, Delta):
+        found = [node.value, node.base]
+    elif isinstance(node, Restore):
+        found = [node.base, *sources_of(node.value)]
+    else:
+        found = [node.base] if node.base else []
+        for i in node.inputs:
+            found += sources_of(i)
+    return list(dict.fromkeys(found))
+
+
+def space_of(node: Expression) -> Space:
+    """What numbers a node gives."""
+    if isinstance(node, Delta):
+        return Space.DELTA
+    if isinstance(node, Operation):
+        return node.space
+    return Space.WEIGHT
