@@ -1,0 +1,122 @@
+"""Reads a recipe and reports everything that is wrong with it at once, each with its line and column."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping as AbstractMapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_lr.checkpoint.reference import ModelReference
+from mergekit_lr.errors import RecipeError
+from mergekit_lr.recipe.problems import Problems
+from mergekit_lr.recipe.schema import Recipe
+from mergekit_lr.recipe.walk import read_recipe
+from mergekit_lr.recipe.yaml import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_NODES,
+    Entry,
+    Mapping,
+    Node,
+    Scalar,
+    Sequence,
+    decode,
+    parse,
+)
+
+RecipeSource = str | os.PathLike[str] | AbstractMapping[str, Any] | Recipe
+
+
+def load_recipe(source: RecipeSource) -> Recipe:
+    """A checked recipe from a file, from YAML text, from a dict, or from a recipe (given back as it is).
+
+    A string with a line break is YAML text; any other string is the path of a file. No tensor is read and no
+    model is looked for.
+
+    Raises:
+        RecipeError: the recipe is not valid. ``problems`` holds every error as ``file:line:col: path: what; fix``
+            (without line and column for a dict).
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, AbstractMapping):
+        return _from_mapping(source)
+    if isinstance(source, str) and "\n" in source:
+        problems = Problems("recipe")
+        return _from_text(source, problems, None)
+    if not isinstance(source, str | os.PathLike):
+        raise RecipeError(
+            f"a recipe cannot be made from {type(source).__name__}", fix="give a path, YAML text or a dict"
+        )
+    path = Path(source)
+    problems = Problems(str(path))
+    text = decode(_read(path), problems)
+    problems.raise_if_any()
+    return _from_text(text, problems, path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise RecipeError("there is no such recipe", where=str(path), fix="check the path") from None
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) else str(e)
+        raise RecipeError("cannot read the recipe", where=str(path), why=why or str(e)) from None
+
+
+def _from_text(text: str, problems: Problems, path: Path | None) -> Recipe:
+    root = parse(text, problems)
+    if root is None:
+        if not problems.found:
+            problems.add(None, "", "the recipe is empty", "start with merge_method and models")
+        problems.raise_if_any()
+    assert root is not None
+    return read_recipe(root, problems, text, path)
+
+
+def _from_mapping(source: AbstractMapping[str, Any]) -> Recipe:
+    problems = Problems("recipe")
+    budget = [MAX_NODES]
+    root = _node(source, problems, "", MAX_DEPTH, budget)
+    problems.raise_if_any()
+    text = yaml.safe_dump(_plain(root), sort_keys=False, allow_unicode=True)
+    return read_recipe(root, problems, text, None)
+
+
+def _node(value: Any, problems: Problems, path: str, depth: int, budget: list[int]) -> Node:
+    """A Python value as the nodes that YAML would have given, without positions."""
+    budget[0] -= 1
+    if budget[0] < 0 or depth == 0:
+        what = f"nested deeper than {MAX_DEPTH} levels" if depth == 0 else f"more than {MAX_NODES:,} values"
+        problems.add(None, path, what)
+        problems.raise_if_any()
+    if value is None or isinstance(value, bool | int | float | str):
+        return Scalar(value, None)
+    if isinstance(value, ModelReference | Path):
+        return Scalar(str(value), None)
+    if isinstance(value, AbstractMapping):
+        entries: dict[str, Entry] = {}
+        for key, item in value.items():
+            inner = f"{path}.{key}" if path else str(key)
+            if not isinstance(key, str):
+                problems.add(None, inner, f"a key must be a string, not {type(key).__name__}")
+            entries[str(key)] = Entry(None, _node(item, problems, inner, depth - 1, budget))
+        return Mapping(entries, None)
+    if isinstance(value, list | tuple):
+        items = [_node(v, problems, f"{path}[{i}]", depth - 1, budget) for i, v in enumerate(value)]
+        return Sequence(items, None)
+    problems.add(None, path, f"{type(value).__name__} has no place in a recipe", "use plain Python values")
+    return Scalar(None, None)
+
+
+def _plain(node: Node) -> Any:
+    if isinstance(node, Scalar):
+        return node.value
+    if isinstance(node, Sequence):
+        return [_plain(item) for item in node.items]
+    return {key: _plain(entry.value) for key, entry in node.entries.items()}

@@ -1,0 +1,370 @@
+"""From nodes to a `Recipe`: keys, types, models, counts. Notes every problem and goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint.reference import ModelReference
+from mergekit_lr.errors import RecipeError
+from mergekit_lr.method import Base, Method
+from mergekit_lr.recipe.fields import ParameterField, parameter_fields
+from mergekit_lr.recipe.parameters import Scope
+from mergekit_lr.recipe.problems import Mark, Problems, nearest, shown
+from mergekit_lr.recipe.schema import DTYPES, NONFINITE, ModelEntry, Recipe, ordered_inputs
+from mergekit_lr.recipe.scope import ScopeReader
+from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence
+from mergekit_lr.registry import get_method, method_names
+
+ROOT_KEYS = (
+    "merge_method",
+    "models",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "seed",
+    "nonfinite",
+)
+SYNONYMS = {"random_seed": "seed"}
+UNSUPPORTED = {
+    "slices": "give whole models under `models`",
+    "modules": "give whole models under `models`",
+    "tokenizer": "use `tokenizer_source: base` or one of the listed models",
+    "chat_template": "remove it; the output keeps the template of the model its tokenizer comes from",
+}
+MODEL_KEYS = ("model", "parameters")
+MAX_SEED = 2**63
+
+
+@dataclass
+class _Model:
+    """An entry of ``models`` while it is read. ``tried``: parameters given to it, rightly or wrongly."""
+
+    reference: ModelReference | None
+    parameters: Scope
+    mark: Mark | None
+    path: str
+    tried: set[str] = field(default_factory=set)
+
+
+def read_recipe(root: Node, problems: Problems, text: str, origin: Path | None) -> Recipe:
+    """Check the whole document.
+
+    Raises:
+        RecipeError: with all problems.
+    """
+    if not isinstance(root, Mapping):
+        problems.add(root.mark, "", "a recipe is a mapping", "start with `merge_method: ...`")
+        problems.raise_if_any()
+        raise AssertionError("raise_if_any raises after add")
+    return _Walk(root, problems, text, origin).run()
+
+
+class _Walk:
+    def __init__(self, root: Mapping, problems: Problems, text: str, origin: Path | None) -> None:
+        self.root, self.problems, self.text, self.origin = root, problems, text, origin
+        self.entries = self._known_entries()
+        self.method = self._method()
+        self.merge_fields = parameter_fields(self.method.Merge) if self.method else {}
+        self.model_fields = parameter_fields(self.method.PerModel) if self.method else {}
+        self.scopes = ScopeReader(problems)
+
+    def run(self) -> Recipe:
+        base = self._base()
+        shared, tried = self._shared_parameters()
+        models = [self._model(node, i) for i, node in enumerate(self._model_nodes())]
+        settings: dict[str, Any] = {
+            "dtype": self._choice("dtype", DTYPES),
+            "out_dtype": self._choice("out_dtype", DTYPES),
+            "nonfinite": self._choice("nonfinite", NONFINITE) or "error",
+            "seed": self._seed(),
+            "tokenizer_source": self._tokenizer_source(models, base),
+        }
+        if self.method is not None:
+            self._check_models(self.method, models, base, tried)
+        self.problems.raise_if_any()
+        assert self.method is not None
+        entries = tuple(ModelEntry(m.reference, m.parameters) for m in models if m.reference is not None)
+        fields: dict[str, Any] = {
+            "merge_method": self.method.name,
+            "method": self.method,
+            "models": entries,
+            "base_model": base,
+            "parameters": shared,
+            "text": self.text,
+            "origin": self.origin,
+            **settings,
+        }
+        recipe = Recipe(**fields)
+        self._check_combinations(recipe)
+        self.problems.raise_if_any()
+        return Recipe(**fields, warnings=self.problems.warnings())
+
+    # Keys of the document
+
+    def _known_entries(self) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        for key, entry in self.root.entries.items():
+            name = SYNONYMS.get(key, key)
+            if key in UNSUPPORTED:
+                self.problems.add(entry.key_mark, key, "is not supported", UNSUPPORTED[key])
+            elif name not in ROOT_KEYS:
+                self.problems.add(entry.key_mark, key[:60], "unknown key", self._root_hint(key))
+            elif name in found:
+                self.problems.add(entry.key_mark, key, f"says the same as {name}", "keep one of them")
+            else:
+                found[name] = entry
+        return found
+
+    def _root_hint(self, key: str) -> str:
+        entry = self.root.entries.get("merge_method")
+        name = entry.value.value if entry and isinstance(entry.value, Scalar) else None
+        if isinstance(name, str):
+            try:
+                method = get_method(name)
+            except RecipeError:
+                return nearest(key, ROOT_KEYS)
+            if key in parameter_fields(method.Merge) or key in parameter_fields(method.PerModel):
+                return f"it is a parameter of {name}: put it under `parameters`"
+        return nearest(key, ROOT_KEYS)
+
+    def _scalar(self, key: str) -> Scalar | None:
+        """The scalar under an optional key; None if it is absent or null."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        if not isinstance(entry.value, Scalar):
+            self.problems.add(entry.value.mark, key, "must be a single value", "write one word or number")
+            return None
+        return entry.value if entry.value.value is not None else None
+
+    def _choice(self, key: str, known: Collection[str]) -> str | None:
+        node = self._scalar(key)
+        if node is None or node.value in known:
+            return str(node.value) if node else None
+        self.problems.add(node.mark, key, f"unknown value {shown(node.value)}", nearest(str(node.value), known))
+        return None
+
+    def _seed(self) -> int:
+        node = self._scalar("seed")
+        if node is None:
+            return 0
+        if type(node.value) is int and 0 <= node.value < MAX_SEED:
+            return node.value
+        self.problems.add(node.mark, "seed", f"{shown(node.value)} is not a seed", "write a whole number from 0")
+        return 0
+
+    def _method(self) -> Method | None:
+        entry = self.entries.get("merge_method")
+        known = self._method_hint
+        if entry is None:
+            self.problems.add(self.root.mark, "merge_method", "is missing", "say how to merge: `merge_method: linear`")
+            return None
+        node = entry.value
+        if not isinstance(node, Scalar) or not isinstance(node.value, str) or not node.value:
+            self.problems.add(node.mark, "merge_method", "must be the name of a method", known(""))
+            return None
+        try:
+            return get_method(node.value)
+        except RecipeError as e:
+            what = f"there is no method {shown(node.value)}" if e.what.startswith("there is no") else str(e)
+            self.problems.add(node.mark, "merge_method", what, known(node.value))
+        except (ImportError, AttributeError) as e:
+            self.problems.add(
+                node.mark, "merge_method", f"the plug-in for {shown(node.value)} fails: {e}", "mend or uninstall it"
+            )
+        return None
+
+    @staticmethod
+    def _method_hint(name: str) -> str:
+        return nearest(name, method_names())
+
+    # Models
+
+    def _reference(self, node: Node, path: str) -> ModelReference | None:
+        if not isinstance(node, Scalar) or not isinstance(node.value, str):
+            what = "must be text" if isinstance(node, Scalar) else "must be one line of text"
+            self.problems.add(node.mark, path, what, "write PATH_OR_HUB_ID[@REVISION][+ADAPTER], in quotes if needed")
+            return None
+        try:
+            return ModelReference.parse(node.value)
+        except RecipeError as e:
+            self.problems.add(node.mark, path, e.what, e.fix)
+            return None
+
+    def _base(self) -> ModelReference | None:
+        entry = self.entries.get("base_model")
+        if entry is None or (isinstance(entry.value, Scalar) and entry.value.value is None):
+            return None
+        return self._reference(entry.value, "base_model")
+
+    def _tokenizer_source(self, models: list[_Model], base: ModelReference | None) -> ModelReference | None:
+        """The model meant; None for the model that the config comes from."""
+        node = self._scalar("tokenizer_source")
+        if node is None or node.value == "base":
+            return base
+        for reference in (base, *(m.reference for m in models)):
+            if reference is not None and str(reference) == node.value:
+                return reference
+        what = "is not supported" if node.value == "union" else "is neither `base` nor a model of this recipe"
+        self.problems.add(
+            node.mark,
+            "tokenizer_source",
+            f"{shown(node.value)} {what}",
+            "write `base` or a model exactly as the recipe names it",
+        )
+        return None
+
+    def _model_nodes(self) -> list[Node]:
+        entry = self.entries.get("models")
+        if entry is None:
+            if not any(k in self.root.entries for k in ("slices", "modules")):
+                self.problems.add(self.root.mark, "models", "is missing", "list the models to merge under `models:`")
+            return []
+        if not isinstance(entry.value, Sequence):
+            self.problems.add(entry.value.mark, "models", "must be a list", "write each as `- model: PATH`")
+            return []
+        if not entry.value.items:
+            self.problems.add(entry.value.mark, "models", "is empty", "list the models to merge")
+        return entry.value.items
+
+    def _model(self, node: Node, index: int) -> _Model:
+        path = f"models[{index}]"
+        blank = _Model(None, {}, node.mark, path)
+        if not isinstance(node, Mapping):
+            self.problems.add(node.mark, path, "must be a mapping", "write `- model: PATH`")
+            return blank
+        for key, entry in node.entries.items():
+            if key not in MODEL_KEYS:
+                hint = nearest(key, MODEL_KEYS)
+                if hint == "did you mean 'parameters'?":
+                    blank.tried = set(self.model_fields)
+                if key in self.model_fields:
+                    hint = "put it under this model's `parameters`"
+                self.problems.add(entry.key_mark, f"{path}.{key[:60]}", "unknown key", hint)
+        model, given = node.entries.get("model"), node.entries.get("parameters")
+        if model is None:
+            if not any(k not in MODEL_KEYS for k in node.entries):
+                self.problems.add(node.mark, path, "names no model", "add `model: PATH`")
+        else:
+            blank.reference = self._reference(model.value, f"{path}.model")
+        if given is not None and self.method is not None:
+            blank.parameters, tried = self.scopes.read(
+                given.value, self.model_fields, f"{path}.parameters", self._misplaced
+            )
+            blank.tried |= tried
+        return blank
+
+    # Parameters
+
+    def _shared_parameters(self) -> tuple[Scope, set[str]]:
+        entry = self.entries.get("parameters")
+        if entry is None or self.method is None:
+            return {}, set()
+        fields: dict[str, ParameterField] = {**self.model_fields, **self.merge_fields}
+        return self.scopes.read(entry.value, fields, "parameters", self._misplaced)
+
+    def _misplaced(self, key: str) -> str | None:
+        """Where a parameter that is unknown here belongs, if it belongs anywhere."""
+        assert self.method is not None
+        if key in self.merge_fields:
+            return f"{key} of {self.method.name} is one for all models: put it under the recipe's `parameters`"
+        if SYNONYMS.get(key, key) in ROOT_KEYS:
+            return f"{key} is a key of the recipe itself, not a parameter"
+        return None
+
+    # The recipe as a whole
+
+    def _check_models(
+        self, method: Method, models: list[_Model], base: ModelReference | None, shared: set[str]
+    ) -> None:
+        self._check_base(method, base)
+        for first, second in _repeats(models):
+            self.problems.warn(second.mark, second.path, f"names the same model as {first.path}")
+        if all(m.reference for m in models) and models and ("base_model" not in self.entries or base):
+            self._check_count(method, models, base)
+        self._check_required(method, models, base, shared)
+
+    def _check_base(self, method: Method, base: ModelReference | None) -> None:
+        if method.base in (Base.REQUIRED, Base.OPERAND) and "base_model" not in self.entries:
+            mark = self.entries["merge_method"].value.mark
+            self.problems.add(
+                mark, "base_model", f"is missing, and {method.name} needs it", "add `base_model: PATH_OR_HUB_ID`"
+            )
+        elif method.base in (Base.REQUIRED, Base.OPERAND) and base is None:
+            node = self.entries["base_model"].value
+            if isinstance(node, Scalar) and node.value is None:
+                self.problems.add(node.mark, "base_model", f"is empty, and {method.name} needs it", "name a model")
+
+    def _check_count(self, method: Method, models: list[_Model], base: ModelReference | None) -> None:
+        entries = tuple(ModelEntry(m.reference) for m in models if m.reference)
+        count = len(ordered_inputs(method, entries, base))
+        least, most = method.min_models, method.max_models
+        if count >= least and (most is None or count <= most):
+            return
+        wanted = f"exactly {least}" if least == most else f"at least {least}" if count < least else f"at most {most}"
+        beside = {Base.OPERAND: ", the base among them", Base.UNUSED: ""}.get(method.base, " beside the base")
+        self.problems.add(
+            self.entries["models"].value.mark,
+            "models",
+            f"{method.name} merges {wanted} model{'' if wanted.endswith(' 1') else 's'}{beside}; here are {count}",
+            "add or remove models" if base is None or count else "list the models to merge with the base",
+        )
+
+    def _check_required(
+        self, method: Method, models: list[_Model], base: ModelReference | None, shared: set[str]
+    ) -> None:
+        mark = self.entries["merge_method"].value.mark
+        for name, info in self.merge_fields.items():
+            if info.required and name not in shared:
+                self.problems.add(
+                    mark, "parameters", f"{name} is missing, and {method.name} needs it", f"add `{name}: VALUE` there"
+                )
+        reference_only = method.base in (Base.REQUIRED, Base.OPTIONAL)
+        for model in models:
+            if reference_only and base is not None and model.reference == base:
+                if model.parameters:
+                    self.problems.warn(model.mark, model.path, "parameters of the base model have no effect")
+                continue
+            for name, info in self.model_fields.items():
+                if info.required and name not in shared and name not in model.tried:
+                    self.problems.add(
+                        model.mark,
+                        model.path,
+                        f"{name} is missing, and {method.name} needs one for each model",
+                        f"add `parameters: {{{name}: VALUE}}` to this model or to the recipe",
+                    )
+        if method.base is Base.UNUSED and base and all(m.reference != base for m in models):
+            self.problems.warn(
+                self.entries["base_model"].value.mark,
+                "base_model",
+                f"is not merged: {method.name} takes only config and tokenizer from it",
+                "list it under `models` to merge it too, as mergekit does by itself",
+            )
+
+    def _check_combinations(self, recipe: Recipe) -> None:
+        """Ask the method about every combination that filters and gradients can reach."""
+        mark = self.entries["merge_method"].value.mark
+        for name, t in recipe.table.samples():
+            if not recipe.table.complete_at(name):
+                continue
+            try:
+                recipe.resolve(name, t)
+            except RecipeError as e:
+                where = f"tensors named like {name!r}: " if name else ""
+                self.problems.add(mark, "parameters", f"{where}{e.what}", e.fix)
+
+
+def _repeats(models: list[_Model]) -> Iterator[tuple[_Model, _Model]]:
+    seen: dict[ModelReference, _Model] = {}
+    for model in models:
+        if model.reference is None:
+            continue
+        if model.reference in seen:
+            yield seen[model.reference], model
+        else:
+            seen[model.reference] = model
