@@ -1,8 +1,8 @@
 """Reads a safetensors header, strictly: nothing is trusted, nothing is allocated before it is checked.
 
-Layout: 8 bytes little-endian header length, that many bytes of JSON, then the data, which the tensors' offsets
-must tile exactly. Stricter than the reference parser where that one lets ambiguity pass: duplicate keys, names
-with control characters, ranks and sizes that no model has.
+Layout: 8 bytes little-endian header length, that many bytes of JSON, then the data, which the tensors'
+offsets must tile exactly. Stricter than the reference parser where that one lets ambiguity pass: duplicate
+keys, names with control characters, ranks and sizes that no model has.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,16 @@ def read_header(path: Path) -> Header:
         CheckpointError: for anything that is not a well-formed safetensors file.
     """
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would otherwise wait for ever
     except OSError as e:
         raise CheckpointError(
             "cannot open the file", where=str(path), why=e.strerror or str(e), fix="check the path"
         ) from e
     try:
-        size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise _bad(path, "it is not a regular file")
+        size = status.st_size
         prefix = os.pread(fd, 8, 0)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if length < 2 or length > min(MAX_HEADER, size - 8):
@@ -83,7 +87,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     if not raw.startswith(b"{"):
         raise _bad(path, "the header does not begin with '{'")
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
         raise _bad(path, f"the header is not valid JSON: {e}") from e
     if not isinstance(entries, dict):
@@ -112,7 +116,8 @@ def _bad(path: Path, why: str) -> CheckpointError:
     )
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; ValueError where a key appears twice, which parsers resolve differently."""
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()
@@ -145,7 +150,8 @@ def _tensor(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
     nbytes = ITEM_BYTES[dtype]
     for d in shape:
         nbytes *= d
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(_whole_number(o, 1 << 62) for o in offsets)):
+    pair = isinstance(offsets, list) and len(offsets) == 2
+    if not pair or not all(_whole_number(o, 1 << 62) for o in offsets):
         raise _bad(path, f"tensor {shown} has no pair of data offsets")
     if offsets[1] - offsets[0] != nbytes:
         raise _bad(path, f"tensor {shown} spans {offsets[1] - offsets[0]} bytes but its shape needs {nbytes}")

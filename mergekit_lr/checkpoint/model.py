@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint.dtypes import torch_dtype
-from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header
+from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header, unique_keys
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.(safetensors|bin)")
 MAX_JSON = 64 << 20
 
 
@@ -33,7 +35,7 @@ class Stamp:
 
     def still_holds(self) -> bool:
         try:
-            s = os.stat(self.path)
+            s = Path(self.path).stat()
         except OSError:
             return False
         return (s.st_size, s.st_mtime_ns, s.st_ino) == (self.size, self.mtime_ns, self.inode)
@@ -43,8 +45,9 @@ class Stamp:
 class Checkpoint:
     """A model opened for reading. Holds file descriptors; close it, or use it as a context manager.
 
-    ``reference`` is what the recipe says, ``folder`` the model folder (None for a single file), ``config`` its
-    parsed config.json (None where there is none), ``tensors`` every tensor by name in file order.
+    ``reference`` is what the recipe says, ``folder`` the model folder (None for a single file), ``config``
+    its parsed config.json (None where there is none), ``tensors`` every tensor by name in file order,
+    ``revision`` the commit that a Hub model was taken at.
     """
 
     reference: str
@@ -54,7 +57,9 @@ class Checkpoint:
     files: dict[str, Path] = field(repr=False)
     stamps: tuple[Stamp, ...] = field(repr=False)
     warnings: list[str] = field(default_factory=list)
+    revision: str | None = None
     _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
+    _opening: Lock = field(default_factory=Lock, repr=False)
 
     def file_position(self, name: str) -> tuple[str, int]:
         """Sort key that follows the bytes on disk."""
@@ -75,22 +80,18 @@ class Checkpoint:
         if buffer is None or buffer.numel() < nbytes:
             buffer = torch.empty(nbytes, dtype=torch.uint8)
         raw = buffer[:nbytes]
-        self._read_into(name, memoryview(raw.numpy()), info.offset + start * item)
+        self._read_into(name, memoryview(raw.numpy().data), info.offset + start * item)
         return raw.view(dtype) if nbytes else raw.new_empty(0, dtype=dtype)
 
     def _read_into(self, name: str, view: memoryview, offset: int) -> None:
         path = self.files[name]
-        fd = self._descriptors.get(path)
-        if fd is None:
-            fd = self._descriptors.setdefault(path, os.open(path, os.O_RDONLY))
+        fd = self._descriptor(path)
         done = 0
         while done < len(view):
             try:
                 got = os.preadv(fd, [view[done:]], offset + done)
             except OSError as e:
-                raise CheckpointError(
-                    f"cannot read tensor {name!r}", where=str(path), why=e.strerror or str(e)
-                ) from e
+                raise CheckpointError(f"cannot read tensor {name!r}", where=str(path), why=e.strerror or str(e)) from e
             if got == 0:
                 raise CheckpointError(
                     f"the file ended inside tensor {name!r}",
@@ -99,6 +100,19 @@ class Checkpoint:
                     fix="restore the file and run again",
                 )
             done += got
+
+    def _descriptor(self, path: Path) -> int:
+        fd = self._descriptors.get(path)
+        if fd is not None:
+            return fd
+        with self._opening:
+            if path not in self._descriptors:
+                try:
+                    self._descriptors[path] = os.open(path, os.O_RDONLY)
+                except OSError as e:
+                    why = e.strerror or str(e)
+                    raise CheckpointError("cannot open the file", where=str(path), why=why) from e
+            return self._descriptors[path]
 
     def changed(self) -> list[str]:
         """Input files that are not what they were when they were opened."""
@@ -119,12 +133,16 @@ class Checkpoint:
         self.close()
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of an input model; CheckpointError if it is not one."""
+def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
+    """A JSON file of an input model; CheckpointError if it is not one, or says a thing twice."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError("the file is too large to be read", where=str(path), why=f"over {MAX_JSON} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError("not a regular file", where=str(path), fix="copy the file into the folder")
+        if status.st_size > most:
+            why = f"over {most} bytes"
+            raise CheckpointError("the file is too large to be read", where=str(path), why=why)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except OSError as e:
         raise CheckpointError("cannot read the file", where=str(path), why=e.strerror or str(e)) from e
     except (ValueError, RecursionError) as e:
@@ -133,11 +151,11 @@ def read_json(path: Path) -> Any:
 
 def open_folder(folder: Path, reference: str) -> Checkpoint:
     """Open a Hugging Face folder, or a folder that holds only safetensors."""
-    config_path = folder / "config.json"
+    config_path = inside(folder, "config.json")
     config = read_json(config_path) if config_path.exists() else None
     if config is not None and not isinstance(config, dict):
         raise CheckpointError("config.json does not hold an object", where=str(config_path))
-    index = folder / "model.safetensors.index.json"
+    index = inside(folder, "model.safetensors.index.json")
     single = folder / "model.safetensors"
     if index.exists():
         chosen = _indexed(folder, index)
@@ -148,7 +166,7 @@ def open_folder(folder: Path, reference: str) -> Checkpoint:
         if not found:
             raise _no_weights(folder)
         chosen = dict.fromkeys(found)
-    return _assemble(reference, folder, config, {n: _inside(folder, n) for n in chosen}, chosen)
+    return _assemble(reference, folder, config, {n: inside(folder, n) for n in chosen}, chosen)
 
 
 def open_file(path: Path, reference: str) -> Checkpoint:
@@ -165,19 +183,28 @@ def _no_weights(folder: Path) -> CheckpointError:
             why=f"its weights are pickled ({pickled[0]}), and a pickle can run code",
             fix="convert it to safetensors, or allow pickle for this run",
         )
-    return CheckpointError("holds no weights", where=str(folder), fix="point to a folder with .safetensors files")
+    fix = "point to a folder with .safetensors files"
+    return CheckpointError("holds no weights", where=str(folder), fix=fix)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """A shard by its plain name. Links may lead only to where a download cache keeps its blobs."""
+def inside(folder: Path, name: str) -> Path:
+    """A file of a model folder by its plain name.
+
+    A link may lead elsewhere inside the folder or, from a snapshot in a download cache, to the blobs beside
+    it.
+
+    Raises:
+        CheckpointError: the name is not plain, or the link leaves the folder.
+    """
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise CheckpointError(f"{name[:80]!r} is not a plain file name", where=str(folder))
     path = folder / name
     if path.is_symlink():
-        target = path.resolve()
-        root = folder.resolve()
-        cached = "blobs" in target.parts and target.parent.name == "blobs"
+        target, root = path.resolve(), folder.resolve()
+        cached = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
         if not cached and root not in target.parents:
             raise CheckpointError(
-                f"shard {name!r} is a link that leaves the model folder",
+                f"{name!r} is a link that leaves the model folder",
                 where=str(folder),
                 why=f"it leads to {target}",
                 fix="copy the file into the folder",
@@ -185,24 +212,31 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _indexed(folder: Path, index: Path) -> dict[str, set[str] | None]:
-    """Shard file -> names the index places in it."""
+def read_weight_map(index: Path, suffix: str = "safetensors") -> dict[str, set[str]]:
+    """The index of a sharded model: shard file -> names of the tensors it places there.
+
+    Raises:
+        CheckpointError: it is no index, or a shard is not a plain file name ending in ``suffix``.
+    """
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("the index has no weight_map", where=str(index), fix="download the file again")
-    shards: dict[str, set[str] | None] = {}
+    shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard) or not shard.endswith("." + suffix):
             raise CheckpointError(
                 f"the index places tensor {name[:80]!r} in {str(shard)[:80]!r}",
                 where=str(index),
-                why="a shard must be a plain .safetensors file name",
+                why=f"a shard must be a plain .{suffix} file name",
                 fix="do not use this checkpoint, or mend its index",
             )
-        names = shards.setdefault(shard, set())
-        assert names is not None
-        names.add(name)
+        shards.setdefault(shard, set()).add(name)
+    return shards
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, set[str] | None]:
+    shards = read_weight_map(index)
     missing = [s for s in shards if not (folder / s).exists()]
     if missing:
         raise CheckpointError(
@@ -211,7 +245,7 @@ def _indexed(folder: Path, index: Path) -> dict[str, set[str] | None]:
             why=f"{len(missing)} of the {len(shards)} shards in the index are not there",
             fix="download the checkpoint again",
         )
-    return shards
+    return {**shards}
 
 
 def _assemble(
