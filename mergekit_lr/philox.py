@@ -1,9 +1,10 @@
 """Random masks from a counter, not from a stream.
 
-Element ``e`` of a mask is decided by 16 bits of Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy
-as 1, 2, 3", SC 2011) at counter ``1 + e // 16``, under a key hashed from the seed, the model and the tensor's
-name. So a mask does not depend on the order of tensors, on slices or on threads, and CPU and GPU agree to the
-bit. Probabilities are therefore multiples of 2^-16; `effective_probability` says which one is used.
+Element ``e`` of a mask is decided by 16 bits of Philox4x64-10 (Salmon et al., "Parallel random numbers: as
+easy as 1, 2, 3", SC 2011) at counter ``1 + e // 16``, under a key hashed from the seed, the model and the
+tensor's name. So a mask does not depend on the order of tensors, on slices or on threads, and CPU and GPU
+agree to the bit. Probabilities are therefore multiples of 2^-16; `effective_probability` says which one is
+used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from mergekit_lr.lazy import torch
 
@@ -25,11 +27,23 @@ _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
+def level(p: float) -> int:
+    """How many of 65536 equally likely draws keep an entry with probability ``p`` (at least 1 if p > 0)."""
+    if p <= 0:
+        return 0
+    return max(1, min(LEVELS, round(p * LEVELS)))
+
+
 def effective_probability(p: float) -> float:
     """The multiple of 1/65536 nearest to ``p`` (never 0 for a positive p)."""
-    if p <= 0:
-        return 0.0
-    return max(1, min(LEVELS, round(p * LEVELS))) / LEVELS
+    return level(p) / LEVELS
+
+
+def _bits(key: int, start: int, count: int) -> npt.NDArray[np.uint16]:
+    first, skip = divmod(start, DRAWS)
+    blocks = -(-(skip + count) // DRAWS)
+    words = np.random.Philox(key=key, counter=first).random_raw(4 * blocks)
+    return words.astype("<u8", copy=False).view(np.dtype("<u2"))[skip : skip + count]
 
 
 def draws(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -38,29 +52,28 @@ def draws(key: int, start: int, count: int, device: torch.device | str = "cpu") 
     Args:
         key: 128 bits, see `Call.philox_key`.
     """
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(_bits(key, start, count).astype(np.int32))
     first, skip = divmod(start, DRAWS)
     blocks = -(-(skip + count) // DRAWS)
-    if torch.device(device).type == "cpu":
-        bits = np.random.Philox(key=key, counter=first).random_raw(4 * blocks).view(np.uint16)
-        return torch.from_numpy(bits[skip : skip + count].astype(np.int32))
     words = philox_words(key, first + 1, blocks, device)
     parts = [(words >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
     return torch.stack(parts, dim=-1).reshape(-1)[skip : skip + count].to(torch.int32)
 
 
 def masked(x: Tensor, key: int, start: int, probability: float) -> Tensor:
-    """``x`` where its draw keeps it, else zero; P(keep) = `effective_probability`. Shape and dtype of ``x``."""
-    level = round(effective_probability(probability) * LEVELS)
-    if level >= LEVELS:
+    """``x`` where its draw keeps it, else zero; P(keep) = `effective_probability`.
+
+    A new tensor, shape and dtype of ``x`` (fp32). What is not finite stays so, kept or not.
+    """
+    keep_below = level(probability)
+    if keep_below >= LEVELS:
         return x.clone()
     if x.device.type != "cpu":
-        return x * (draws(key, start, x.numel(), x.device) < level).reshape(x.shape)
+        return x * (draws(key, start, x.numel(), x.device) < keep_below).reshape(x.shape)
     # The CPU path through numpy is four times faster: torch compares and converts booleans slowly.
-    first, skip = divmod(start, DRAWS)
-    blocks = -(-(skip + x.numel()) // DRAWS)
-    bits = np.random.Philox(key=key, counter=first).random_raw(4 * blocks).view(np.uint16)
-    keep = bits[skip : skip + x.numel()] < np.uint16(level)
-    return torch.from_numpy(np.multiply(x.numpy(), keep.reshape(x.shape)))
+    keep = (_bits(key, start, x.numel()) < np.uint16(keep_below)).astype(np.float32)
+    return torch.from_numpy(keep.reshape(x.shape)).mul_(x)
 
 
 def _mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +94,7 @@ def _signed(word: int) -> int:
 
 
 def philox_words(key: int, counter: int, blocks: int, device: torch.device | str) -> Tensor:
-    """Philox4x64-10 in torch: int64 ``[blocks, 4]`` holding unsigned words, counters counter, counter + 1, ...
+    """Philox4x64-10 in torch: int64 ``[blocks, 4]`` of unsigned words, counters counter, counter + 1, ...
 
     Equal to ``numpy.random.Philox`` bit for bit (its first output uses counter + 1).
     """

@@ -1,10 +1,10 @@
 """Keep the k largest magnitudes of a tensor, exactly, without sorting it and without holding it.
 
 A sample brackets each wanted threshold; one pass counts what lies above the bracket and collects what lies in
-it; the threshold is then an order statistic of the few collected values. If a bracket misses, or would collect
-too much (bf16 deltas repeat values heavily), a two-pass histogram over the 31 magnitude bits finds the same
-threshold in bounded memory. Entries equal to the threshold are kept by lowest index until k is reached, so a
-selection holds exactly k entries and does not depend on slices.
+it; the threshold is then an order statistic of the few collected values. If a bracket misses, or would
+collect too much (bf16 deltas repeat values heavily), a two-pass histogram over the 31 magnitude bits finds
+the same threshold in bounded memory. Entries equal to the threshold are kept by lowest index until k is
+reached, so a selection holds exactly k entries and does not depend on slices.
 """
 
 from __future__ import annotations
@@ -14,26 +14,30 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mergekit_lr.lazy import torch
-from mergekit_lr.method import GRID, Call, Pass, Piece
+from mergekit_lr.magnitudes import (
+    INFINITY,
+    LOW_BITS,
+    Bracket,
+    Collect,
+    Histogram,
+    Int32,
+    Int64,
+    Sample,
+    Ties,
+    Want,
+    magnitude_bits,
+)
+from mergekit_lr.method import GRID, Call, Pass
 from mergekit_lr.statistics import Values, piece_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Int64 = npt.NDArray[np.int64]
-SMALL = 1 << 18  # below this many elements the bracket is everything
-SAMPLE = 4096  # elements looked at in each sampled block
-LOW_BITS = 15
-INFINITY = 0x7F800000  # bits of +inf: no finite magnitude reaches it
+__all__ = ["Cut", "ModelCut", "Want", "count_to_keep", "magnitude_bits", "select", "select_model_wide"]
 
-
-def magnitude_bits(x: Tensor) -> npt.NDArray[np.int32]:
-    """Bits of ``|x|`` as int32, which order as the magnitudes do. fp32 ``x`` of any shape, flattened."""
-    bits = x.detach().reshape(-1).cpu().numpy().view(np.int32)
-    return bits & np.int32(0x7FFFFFFF)
+SMALL = 1 << 18  # up to this many elements the bracket is everything
 
 
 def count_to_keep(density: float, numel: int) -> int:
@@ -42,19 +46,12 @@ def count_to_keep(density: float, numel: int) -> int:
 
 
 @dataclass(frozen=True)
-class Want:
-    """One question: the ``keep`` largest magnitudes of value stream ``stream``."""
-
-    stream: int
-    keep: int
-
-
-@dataclass(frozen=True)
 class Cut:
     """The answer: keep ``|x| > threshold``, and the first few entries equal to it.
 
-    ``threshold`` is the k-th largest magnitude (infinity keeps nothing, 0 keeps everything). Entries equal to it
-    are kept in blocks (of `GRID` elements) before ``tie_block``, and the first ``tie_rank`` of that block.
+    ``threshold`` is the k-th largest magnitude (infinity keeps nothing, 0 keeps everything). Entries equal
+    to it are kept in blocks (of `GRID` elements) before ``tie_block``, and the first ``tie_rank`` of that
+    block.
     """
 
     threshold: float
@@ -71,11 +68,13 @@ class Cut:
         edge = self.tie_block * GRID
         a = min(max(edge - start, 0), flat.numel())
         b = min(max(edge + GRID - start, 0), flat.numel())
+        if a == b:
+            kept = self._keep_ties(flat) if a else torch.nn.functional.hardshrink(flat, self.threshold)
+            return kept.reshape(x.shape)
         out = torch.empty_like(flat)
         out[:a] = self._keep_ties(flat[:a])
+        out[a:b] = self._keep_first_ties(flat[a:b])  # pieces start on the grid: this is the whole block
         out[b:] = torch.nn.functional.hardshrink(flat[b:], self.threshold)
-        if a < b:
-            out[a:b] = self._keep_first_ties(flat[a:b])  # pieces start on the grid: this is the whole block
         return out.reshape(x.shape)
 
     def _keep_ties(self, x: Tensor) -> Tensor:
@@ -88,145 +87,44 @@ class Cut:
         return torch.nn.functional.hardshrink(block, self.threshold) + block * (ties & early)
 
 
-KEEP_NOTHING = Cut(float("inf"))
+KEEP_NOTHING = Cut(float("inf"), 0, 0)
 KEEP_ALL = Cut(0.0)
 
 
 @dataclass
-class _Sample(Pass["list[list[Any]]", "list[Any]"]):
-    """Magnitudes at a few places; the engine hands a sampling pass short pieces spread over the tensor."""
+class _Found:
+    """What is known of one want: its threshold (bits) and how many of the entries equal to it are kept."""
 
-    sample = SAMPLE
-    values: Values
-
-    def map(self, call: Call, piece: Piece) -> list[list[Any]]:
-        return [[magnitude_bits(v)] for v in self.values(call, piece)]
-
-    def fold(self, total: list[list[Any]] | None, partial: list[list[Any]]) -> list[list[Any]]:
-        return partial if total is None else [a + b for a, b in zip(total, partial, strict=True)]
-
-    def finish(self, total: list[list[Any]]) -> list[Any]:
-        return [np.sort(np.concatenate(parts)) for parts in total]
+    threshold: int
+    quota: int
+    equal: int
 
 
-@dataclass(frozen=True)
-class _Bracket:
-    want: Want
-    low: int  # bits, inclusive
-    high: int  # bits, inclusive
-
-
-@dataclass
-class _Collect(Pass["list[tuple[int, list[Any]]]", "list[tuple[int, Any]]"]):
-    """Per bracket: how many magnitudes lie above it, and those inside."""
-
-    values: Values
-    brackets: list[_Bracket]
-
-    def map(self, call: Call, piece: Piece) -> list[tuple[int, list[Any]]]:
-        streams = [magnitude_bits(v) for v in self.values(call, piece)]
-        out: list[tuple[int, list[Any]]] = []
-        for b in self.brackets:
-            bits = streams[b.want.stream]
-            above = int(np.count_nonzero(bits > np.int32(b.high))) if b.high < INFINITY else 0
-            # One unsigned comparison for low <= bits <= high.
-            inside = (bits - np.int32(b.low)).view(np.uint32) <= np.uint32(b.high - b.low)
-            out.append((above, [bits[inside]]))
-        return out
-
-    def fold(self, total: Any, partial: Any) -> Any:
-        if total is None:
-            return partial
-        return [(a + c, b + d) for (a, b), (c, d) in zip(total, partial, strict=True)]
-
-    def finish(self, total: list[tuple[int, list[Any]]]) -> list[tuple[int, Any]]:
-        return [(above, np.concatenate(parts)) for above, parts in total]
-
-
-@dataclass
-class _Histogram(Pass["list[Int64]", "list[Int64]"]):
-    """Counts of magnitudes by their high 16 bits; or, in chosen bins, by their low 15 bits."""
-
-    values: Values
-    wants: list[Want]
-    bins: list[int] | None = None
-
-    def map(self, call: Call, piece: Piece) -> list[Int64]:
-        streams = [magnitude_bits(v) for v in self.values(call, piece)]
-        if self.bins is None:
-            return [np.bincount(bits >> LOW_BITS, minlength=1 << 16) for bits in streams]
-        out = []
-        for want, high in zip(self.wants, self.bins, strict=True):
-            bits = streams[want.stream]
-            low = bits[(bits >> LOW_BITS) == high] & ((1 << LOW_BITS) - 1)
-            out.append(np.bincount(low, minlength=1 << LOW_BITS))
-        return out
-
-    def fold(self, total: list[Int64] | None, partial: list[Int64]) -> list[Int64]:
-        return partial if total is None else [a + b for a, b in zip(total, partial, strict=True)]
-
-    def finish(self, total: list[Int64]) -> list[Int64]:
-        return total
-
-
-@dataclass
-class _Ties(Pass["list[list[tuple[str, int, Int64]]]", "list[list[tuple[str, int, Int64]]]"]):
-    """Per want: (tensor, block, count) of entries equal to its threshold, in order."""
-
-    values: Values
-    wants: list[Want]
-    thresholds: list[int]
-
-    def map(self, call: Call, piece: Piece) -> list[list[tuple[str, int, Int64]]]:
-        streams = [magnitude_bits(v) for v in self.values(call, piece)]
-        out = []
-        for want, threshold in zip(self.wants, self.thresholds, strict=True):
-            equal = streams[want.stream] == np.int32(threshold)
-            starts = np.arange(0, equal.size, GRID)
-            out.append([(call.name, piece.start // GRID, np.add.reduceat(equal, starts, dtype=np.int64))])
-        return out
-
-    def fold(self, total: Any, partial: Any) -> Any:
-        return partial if total is None else [a + b for a, b in zip(total, partial, strict=True)]
-
-    def finish(self, total: Any) -> Any:
-        return total
-
-
-@dataclass
-class _Progress:
-    """What is known of one want: its threshold (bits) and how many entries equal to it are kept."""
-
-    threshold: int | None = None
-    quota: int = 0
-    equal: int = 0
-
-
-def _brackets(wants: list[Want], samples: list[Any], numel: int) -> list[_Bracket | None]:
-    """A bracket per want, wide enough to hold its threshold nearly always; None where it would collect a lot."""
-    out: list[_Bracket | None] = []
+def _brackets(wants: list[Want], samples: list[Int32] | None, numel: int) -> list[Bracket | None]:
+    """A bracket per want that holds its threshold nearly always; None where it would collect a lot."""
+    out: list[Bracket | None] = []
     for want in wants:
-        ordered = samples[want.stream]
-        if numel <= SMALL:
-            out.append(_Bracket(want, 0, INFINITY))
+        if samples is None:
+            out.append(Bracket(want, 0, INFINITY))
             continue
+        ordered = samples[want.stream]
         at = (1 - want.keep / numel) * ordered.size
         margin = 0.01 * ordered.size + 4 * np.sqrt(ordered.size)
         i, j = int(at - margin), int(at + margin)
         low = int(ordered[i]) if i >= 0 else 0
         high = int(ordered[j]) if j < ordered.size else INFINITY
         share = np.searchsorted(ordered, high, "right") - np.searchsorted(ordered, low, "left")
-        out.append(_Bracket(want, low, high) if share <= ordered.size // 8 else None)
+        out.append(Bracket(want, low, high) if share <= ordered.size // 8 else None)
     return out
 
 
-def _from_collected(want: Want, above: int, inside: Any) -> _Progress | None:
+def _from_collected(want: Want, above: int, inside: Int32) -> _Found | None:
     """The threshold from collected magnitudes, or None where the bracket missed it."""
     rank = want.keep - above
     if not 0 < rank <= inside.size:
         return None
     threshold = int(np.partition(inside, inside.size - rank)[inside.size - rank])
-    return _Progress(threshold, rank - int((inside > threshold).sum()), int((inside == threshold).sum()))
+    return _Found(threshold, rank - int((inside > threshold).sum()), int((inside == threshold).sum()))
 
 
 def _bin_of(counts: Int64, rank: int) -> tuple[int, int]:
@@ -237,35 +135,33 @@ def _bin_of(counts: Int64, rank: int) -> tuple[int, int]:
     return counts.size - 1 - i, rank - before
 
 
-def _by_histogram(values: Values, wants: list[Want]) -> Generator[Pass[Any, Any], Any, list[_Progress]]:
-    high = yield _Histogram(values, wants)
-    located = [_bin_of(high[w.stream], w.keep) for w in wants]
-    low = yield _Histogram(values, wants, [b for b, _ in located])
+def _by_histogram(values: Values, wants: list[Want]) -> Generator[Pass[Any, Any], Any, list[_Found]]:
+    high = yield Histogram(values, wants)
+    located = [_bin_of(counts, w.keep) for counts, w in zip(high, wants, strict=True)]
+    low = yield Histogram(values, wants, [b for b, _ in located])
     out = []
     for (bin_, rank), counts in zip(located, low, strict=True):
         at, quota = _bin_of(counts, rank)
-        out.append(_Progress((bin_ << LOW_BITS) | at, quota, int(counts[at])))
+        out.append(_Found((bin_ << LOW_BITS) | at, quota, int(counts[at])))
     return out
 
 
 def _thresholds(
     values: Values, wants: list[Want], numel: int, sampled: bool
-) -> Generator[Pass[Any, Any], Any, list[_Progress]]:
-    found: list[_Progress | None] = [None] * len(wants)
+) -> Generator[Pass[Any, Any], Any, list[_Found]]:
+    found: list[_Found | None] = [None] * len(wants)
     if sampled:
-        samples = [] if numel <= SMALL else (yield _Sample(values))
-        empty = [np.empty(0, np.int32)] * (max(w.stream for w in wants) + 1)
-        brackets = _brackets(wants, samples or empty, numel)
-        chosen = [(i, b) for i, b in enumerate(brackets) if b is not None]
+        samples = None if numel <= SMALL else (yield Sample(values))
+        chosen = [(i, b) for i, b in enumerate(_brackets(wants, samples, numel)) if b is not None]
         if chosen:
-            collected = yield _Collect(values, [b for _, b in chosen])
+            collected = yield Collect(values, [b for _, b in chosen])
             for (i, b), (above, inside) in zip(chosen, collected, strict=True):
                 found[i] = _from_collected(b.want, above, inside)
     missed = [i for i, f in enumerate(found) if f is None]
     if missed:
         exact = yield from _by_histogram(values, [wants[i] for i in missed])
-        for i, progress in zip(missed, exact, strict=True):
-            found[i] = progress
+        for i, one in zip(missed, exact, strict=True):
+            found[i] = one
     return [f for f in found if f is not None]
 
 
@@ -309,34 +205,32 @@ def select_model_wide(
 ) -> Generator[Pass[Any, Any], Any, list[ModelCut]]:
     """Cuts that keep exactly ``want.keep`` of ``numel`` entries over everything the passes see.
 
-    Yields the passes; returns one `ModelCut` per want, in order.
+    Yields the passes; returns one `ModelCut` per want, in order. ``sampled`` allows the shorter way by a
+    sample, whose memory grows with ``numel``: for single tensors.
     """
-    cuts: list[ModelCut | None] = [None] * len(wants)
+    cuts = [ModelCut(0.0)] * len(wants)
     open_: list[int] = []
     for i, want in enumerate(wants):
         if want.keep <= 0:
-            cuts[i] = ModelCut(float("inf"))
-        elif want.keep >= numel:
-            cuts[i] = ModelCut(0.0)
-        else:
+            cuts[i] = ModelCut(float("inf"), "", 0, 0)
+        elif want.keep < numel:
             open_.append(i)
-    if open_:
-        found = yield from _thresholds(values, [wants[i] for i in open_], numel, sampled)
-        as_float = [float(np.int32(p.threshold).view(np.float32)) for p in found]
-        partial = [(i, p, t) for i, p, t in zip(open_, found, as_float, strict=True) if 0 < t and p.quota < p.equal]
-        for i, t in zip(open_, as_float, strict=True):
-            cuts[i] = ModelCut(t)
-        if partial:
-            thresholds = [p.threshold or 0 for _, p, _ in partial]
-            counted = yield _Ties(values, [wants[i] for i, _, _ in partial], thresholds)
-            for (i, p, t), counts in zip(partial, counted, strict=True):
-                cuts[i] = _place_ties(t, p.quota, counts)
-    return [c for c in cuts if c is not None]
+    if not open_:
+        return cuts
+    found = yield from _thresholds(values, [wants[i] for i in open_], numel, sampled)
+    partial: list[tuple[int, _Found]] = []
+    for i, one in zip(open_, found, strict=True):
+        cuts[i] = ModelCut(float(np.int32(one.threshold).view(np.float32)))
+        if one.threshold and one.quota < one.equal:
+            partial.append((i, one))
+    if partial:
+        counted = yield Ties(values, [wants[i] for i, _ in partial], [one.threshold for _, one in partial])
+        for (i, one), counts in zip(partial, counted, strict=True):
+            cuts[i] = _place_ties(cuts[i].threshold, one.quota, counts)
+    return cuts
 
 
-def select(
-    call: Call, wants: list[Want], values: Values = piece_tensors
-) -> Generator[Pass[Any, Any], Any, list[Cut]]:
-    """Cuts that keep exactly ``want.keep`` entries of this tensor's value streams. See `select_model_wide`."""
+def select(call: Call, wants: list[Want], values: Values = piece_tensors) -> Generator[Pass[Any, Any], Any, list[Cut]]:
+    """Cuts that keep exactly ``want.keep`` entries of this tensor's streams. See `select_model_wide`."""
     cuts = yield from select_model_wide(wants, call.numel, values, sampled=True)
     return [c.for_tensor(call.name) for c in cuts]

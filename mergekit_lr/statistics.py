@@ -1,22 +1,23 @@
-"""Passes that methods share: sums of products over fixed blocks.
+"""Passes that methods share: sums and inner products over fixed blocks.
 
-A sum in fp32 depends on its order, so every sum here goes over blocks of `GRID` elements counted from the
-tensor's start, each summed in fp32 by one kernel, and the blocks' sums are added exactly (`math.fsum`). Cutting
-a tensor into pieces, in any order, on any number of threads, gives the same bits.
+A sum in fp32 depends on its order, so every sum here goes over blocks of `BLOCK` elements counted from the
+tensor's start (or from the start of a row), each summed in fp32 by one kernel, and the blocks' sums are added
+exactly (`math.fsum`). Cutting a tensor into pieces, in any order, on any number of threads, gives the same
+bits. A block whose fp32 sum overflows, or is too small to be trusted, is summed again in fp64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mergekit_lr.lazy import torch
-from mergekit_lr.method import GRID, Call, Pass, Piece
+from mergekit_lr.method import Call, Pass, Piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,65 +25,186 @@ if TYPE_CHECKING:
 Float64 = npt.NDArray[np.float64]
 Values = Callable[[Call, Piece], "list[Tensor]"]
 
+BLOCK = 4_096
+"""Elements summed by one kernel: divides `GRID`, too short for torch or a BLAS to split among threads."""
+_ROWS = 256  # rows of a matrix whose products are held at once in fp64
+_TINY = 1e-30  # below this an fp32 sum of squares may have lost terms to underflow
+
 
 def piece_tensors(call: Call, piece: Piece) -> list[Tensor]:
     """The inputs as the method gets them; the default `Values` of the passes below."""
     return piece.tensors
 
 
-def block_sums(values: list[Tensor]) -> Float64:
-    """Sum of each tensor over each block of `GRID` elements.
+def exact_sum(values: Iterable[float]) -> float:
+    """The correctly rounded sum (`math.fsum`), and NaN where infinities of both signs meet."""
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _rows(x: Tensor) -> list[Tensor]:
+    """``[r, c]`` as blocks of every row: ``[r, c // BLOCK, BLOCK]`` and the rest ``[r, 1, c % BLOCK]``."""
+    r, c = x.shape
+    edge = c // BLOCK * BLOCK
+    parts = [x[:, :edge].reshape(r, -1, BLOCK), x[:, edge:].reshape(r, 1, c - edge)]
+    return [p for p in parts if p.numel()]
+
+
+def _dot(a: Tensor, b: Tensor) -> Float64:
+    """Inner products along the last axis, at most `BLOCK` long: in fp32, or fp64 where it overflows."""
+    if a.device.type != "cpu":
+        sums = (a * b).sum(-1).double()
+        bad = ~torch.isfinite(sums) | ((sums != 0) & (sums.abs() < _TINY))
+        if bool(bad.any()):
+            sums = (a.double() * b.double()).sum(-1)
+        return sums.cpu().numpy()
+    x, y = a.numpy(), b.numpy()
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        out: Float64 = np.vecdot(x, y).astype(np.float64)
+        size = np.abs(out)
+        if not (np.isfinite(size) & ((size == 0) | (size >= _TINY))).all():
+            out = np.vecdot(x.astype(np.float64), y.astype(np.float64))
+    return out
+
+
+def _total(x: Tensor) -> Float64:
+    """Sums along the last axis, at most `BLOCK` long."""
+    return x.sum(-1).double().cpu().numpy()
+
+
+def row_sums(values: list[Tensor]) -> Float64:
+    """Sum of each row of each tensor: n tensors fp32 ``[r, c]`` to float64 ``[n, r]``."""
+    return np.stack([_add_blocks([_total(p) for p in _rows(v)], v.shape[0]) for v in values])
+
+
+def row_products(values: list[Tensor]) -> Float64:
+    """Inner products of every pair, row by row.
 
     Args:
-        values: n tensors of equal size, fp32; flattened here.
+        values: n tensors fp32 ``[r, c]``.
 
     Returns:
-        float64 ``[n, blocks]``: fp32 sums, one block each.
+        float64 ``[n, n, r]``, symmetric in its first two axes.
     """
-    rows = [[block.sum() for block in v.reshape(-1).split(GRID)] for v in values]
-    return torch.stack([torch.stack(row) for row in rows]).double().cpu().numpy()
+    n, r = len(values), values[0].shape[0]
+    blocks = [_rows(v) for v in values]
+    out = np.zeros((n, n, r))
+    for i in range(n):
+        for j in range(i + 1):
+            parts = [_dot(a, b) for a, b in zip(blocks[i], blocks[j], strict=True)]
+            out[i, j] = out[j, i] = _add_blocks(parts, r)
+    return out
+
+
+def column_products(values: list[Tensor]) -> Float64:
+    """Inner products of every pair, column by column: n tensors fp32 ``[r, c]`` to float64 ``[n, n, c]``."""
+    n, (rows, columns) = len(values), values[0].shape
+    out = np.zeros((n, n, columns))
+    for i in range(n):
+        for j in range(i + 1):
+            total = torch.zeros(columns, dtype=torch.float64, device=values[0].device)
+            for a in range(0, rows, _ROWS):
+                total += (values[i][a : a + _ROWS].double() * values[j][a : a + _ROWS]).sum(0)
+            out[i, j] = out[j, i] = total.cpu().numpy()
+    return out
+
+
+def _add_blocks(parts: list[Float64], rows: int) -> Float64:
+    """Block sums ``[r, blocks]`` added along each row, in fp64 and in an order that only the row fixes."""
+    total = np.zeros(rows)
+    for part in parts:
+        for column in part.T:
+            total = total + column
+    return total
+
+
+def _flat_blocks(x: Tensor) -> list[Tensor]:
+    return [p[0] for p in _rows(x.reshape(1, -1))]
+
+
+def block_sums(values: list[Tensor]) -> Float64:
+    """Sum of each tensor over each block: n tensors of equal size, fp32, to float64 ``[n, blocks]``."""
+    if not values[0].numel():
+        return np.zeros((len(values), 0))
+    return np.stack([np.concatenate([_total(p) for p in _flat_blocks(v)]) for v in values])
 
 
 def block_products(values: list[Tensor]) -> Float64:
-    """Inner products of every pair over each block: float64 ``[n (n + 1) / 2, blocks]``, pairs (i, j <= i)."""
-    out: list[Tensor] = []
-    for blocks in zip(*(v.reshape(-1).split(GRID) for v in values), strict=True):
-        pairs = [(a * b).sum() for i, a in enumerate(blocks) for b in blocks[: i + 1]]
-        out.append(torch.stack(pairs))
-    return torch.stack(out, dim=1).double().cpu().numpy()
+    """Inner products of every pair over each block: float64 ``[n(n + 1)/2, blocks]``, pairs (i, j <= i)."""
+    n = len(values)
+    if not values[0].numel():
+        return np.zeros((n * (n + 1) // 2, 0))
+    blocks = [_flat_blocks(v) for v in values]
+    return np.stack(
+        [
+            np.concatenate([_dot(a, b) for a, b in zip(blocks[i], blocks[j], strict=True)])
+            for i in range(n)
+            for j in range(i + 1)
+        ]
+    )
+
+
+class _Blocked(Pass["list[Float64]", Any]):
+    """Collects arrays ``[sums, blocks]``, one for each piece, in order."""
+
+    def fold(self, total: list[Float64] | None, partial: list[Float64]) -> list[Float64]:
+        if total is None:
+            return partial
+        total.extend(partial)  # ``total`` was made by this fold: growing it keeps the fold linear
+        return total
 
 
 @dataclass
-class Gram(Pass["list[Float64]", Float64]):
-    """Gram matrix of the inputs over the whole tensor: ``G_ij = sum_e x_i[e] x_j[e]``, float64 ``[n, n]``."""
+class Gram(_Blocked):
+    """Gram matrix of the inputs over the whole tensor: ``G_ij = sum_e x_i[e] x_j[e]``, float64 ``[n, n]``.
+
+    For elementwise pieces.
+    """
 
     values: Values = piece_tensors
 
     def map(self, call: Call, piece: Piece) -> list[Float64]:
         return [block_products(self.values(call, piece))]
 
-    def fold(self, total: list[Float64] | None, partial: list[Float64]) -> list[Float64]:
-        return partial if total is None else total + partial
-
     def finish(self, total: list[Float64]) -> Float64:
-        sums = [math.fsum(pair) for pair in np.concatenate(total, axis=1)]
-        n = int((math.isqrt(8 * len(sums) + 1) - 1) // 2)
+        sums = [exact_sum(pair) for pair in np.concatenate(total, axis=1)]
+        n = (math.isqrt(8 * len(sums) + 1) - 1) // 2
         gram = np.zeros((n, n))
         gram[np.tril_indices(n)] = sums
         return gram + np.tril(gram, -1).T
 
 
 @dataclass
-class Sum(Pass["list[Float64]", Float64]):
-    """Sum over the whole tensor of each value that ``values`` gives: float64 ``[n]``."""
+class Sum(_Blocked):
+    """Sum over the whole tensor of each value that ``values`` gives: float64 ``[n]``.
+
+    ``by_row`` for rowwise pieces, whose starts are not on the grid.
+    """
+
+    values: Values = piece_tensors
+    by_row: bool = False
+
+    def map(self, call: Call, piece: Piece) -> list[Float64]:
+        values = self.values(call, piece)
+        return [row_sums(values) if self.by_row else block_sums(values)]
+
+    def finish(self, total: list[Float64]) -> Float64:
+        return np.array([exact_sum(row) for row in np.concatenate(total, axis=1)])
+
+
+@dataclass
+class CountNonzero(Pass["list[int]", "list[int]"]):
+    """How many elements of each value are not zero."""
 
     values: Values = piece_tensors
 
-    def map(self, call: Call, piece: Piece) -> list[Float64]:
-        return [block_sums(self.values(call, piece))]
+    def map(self, call: Call, piece: Piece) -> list[int]:
+        return [int(torch.count_nonzero(v)) for v in self.values(call, piece)]
 
-    def fold(self, total: list[Float64] | None, partial: list[Float64]) -> list[Float64]:
-        return partial if total is None else total + partial
+    def fold(self, total: list[int] | None, partial: list[int]) -> list[int]:
+        return partial if total is None else [a + b for a, b in zip(total, partial, strict=True)]
 
-    def finish(self, total: list[Float64]) -> Float64:
-        return np.array([math.fsum(row) for row in np.concatenate(total, axis=1)])
+    def finish(self, total: list[int]) -> list[int]:
+        return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lr.combine import weighted_sum
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Source, parameter
 
 if TYPE_CHECKING:
@@ -36,10 +37,7 @@ class Linear(Method):
         if call.merge.normalize:
             total = sum(weights)
             weights = [w / total for w in weights]
-        out = piece.tensors[0] * weights[0]
-        for x, w in zip(piece.tensors[1:], weights[1:], strict=True):
-            out.add_(x * w)
-        return out
+        return weighted_sum(piece.tensors, weights)
 
     def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
         if merge.normalize and abs(sum(m.weight for m in models)) < 1e-8:
