@@ -33,7 +33,7 @@ class Recipe:
     """A checked recipe. Made by `mergekit_lr.recipe.load.load_recipe`; frozen.
 
     ``dtype`` and ``out_dtype`` are names of torch dtypes or None; ``tokenizer_source`` is the model whose tokenizer
-    the output gets (None: the one its config comes from, `config_source`); ``text`` is the exact YAML, ``origin`` the file
+    the output gets (None: that of `config_source`); ``text`` is the exact YAML, ``origin`` the file
     it came from; ``warnings`` are lines about what is legal but probably not meant.
     """
 

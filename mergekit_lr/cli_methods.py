@@ -1,0 +1,51 @@
+"""The ``methods`` command in words."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+WIDTH = 100
+
+
+def table_lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    """One line a method: name and summary."""
+    width = max((len(m["name"]) for m in found), default=0)
+    return [f"{m['name']:<{width}}  {_summary(m)}" for m in found]
+
+
+def _summary(method: dict[str, Any]) -> str:
+    origin = "" if method["origin"] == "built-in" else f" ({method['origin']})"
+    return f"{method['summary']}{origin}"
+
+
+def method_lines(method: dict[str, Any]) -> list[str]:
+    """Everything about one method."""
+    least, most = method["min_models"], method["max_models"]
+    count = f"exactly {least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+    lines = [
+        f"{method['name']}: {_summary(method)}",
+        f"  source   {method['source']['title']}, {method['source']['link']}",
+        f"  models   {count}",
+        f"  base     {method['base_model']}",
+        f"  order    {'does not matter' if method['commutes'] else 'matters'}",
+        f"  random   {'yes, decided by seed' if method['stochastic'] else 'no'}",
+    ]
+    for title, key in (("parameters", "parameters"), ("parameters of each model", "model_parameters")):
+        if method[key]:
+            lines += ["", title]
+            for parameter in method[key]:
+                lines += _parameter_lines(parameter)
+    return lines
+
+
+def _parameter_lines(parameter: dict[str, Any]) -> list[str]:
+    facts = [parameter["type"]]
+    if parameter["range"]:
+        facts.append(parameter["range"])
+    default = parameter["default"]
+    shown = str(default).lower() if isinstance(default, bool) or default is None else str(default)
+    facts.append("required" if parameter["required"] else f"default {shown}")
+    meaning = textwrap.wrap(parameter["description"], WIDTH - 6)
+    return [f"  {parameter['name']}: {', '.join(facts)}", *(f"      {line}" for line in meaning)]

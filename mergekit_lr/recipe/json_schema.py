@@ -1,0 +1,109 @@
+"""JSON Schema of a recipe, for editors: completion, descriptions and errors while typing.
+
+Draft-07, which editors' YAML support is built on. The method named by ``merge_method`` decides what its parameters
+are. What a schema cannot say (counts of models, filters that match nothing) only `load_recipe` checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mergekit_lr.method import Base, Method, Parameters
+from mergekit_lr.recipe.catalogue import plugins, value_schema
+from mergekit_lr.recipe.fields import parameter_fields
+from mergekit_lr.recipe.schema import DTYPES, NONFINITE
+from mergekit_lr.recipe.walk import MAX_SEED
+from mergekit_lr.registry import builtin_methods
+
+REFERENCE = "folder, .safetensors file or Hub id, with @REVISION and +ADAPTER where wanted"
+
+
+def schema() -> dict[str, Any]:
+    """The schema with every built-in method; plug-ins are known by name, their parameters are left open."""
+    methods = builtin_methods()
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "mergekit_lr recipe",
+        "type": "object",
+        "required": ["merge_method", "models"],
+        "additionalProperties": False,
+        "properties": _root([*methods, *plugins()]),
+        "allOf": [_case(method) for method in methods.values()],
+    }
+
+
+def _root(names: list[str]) -> dict[str, Any]:
+    reference = {"type": "string", "minLength": 1, "description": REFERENCE}
+    parameters = {"type": ["object", "null"]}
+    seed = {"type": ["integer", "null"], "minimum": 0, "exclusiveMaximum": MAX_SEED}
+    return {
+        "merge_method": {"enum": names, "description": "how to merge"},
+        "models": {
+            "type": "array",
+            "minItems": 1,
+            "description": "the models to merge",
+            "items": {
+                "type": "object",
+                "required": ["model"],
+                "additionalProperties": False,
+                "properties": {"model": reference, "parameters": parameters},
+            },
+        },
+        "base_model": {**reference, "type": ["string", "null"], "description": f"the base: {REFERENCE}"},
+        "parameters": parameters,
+        "dtype": {"enum": [*DTYPES, None], "description": "dtype to write, unless out_dtype says otherwise"},
+        "out_dtype": {"enum": [*DTYPES, None], "description": "dtype to write"},
+        "tokenizer_source": {
+            "type": ["string", "null"],
+            "description": "`base`, or the listed model whose tokenizer the output gets",
+        },
+        "seed": {**seed, "description": "decides everything random (default 0)"},
+        "random_seed": {**seed, "description": "another name of seed"},
+        "nonfinite": {"enum": [*NONFINITE, None], "description": "on NaN or infinity in an input (default error)"},
+    }
+
+
+def _case(method: Method) -> dict[str, Any]:
+    """What holds if ``merge_method`` is this method."""
+    per_model = _parameters(method.PerModel)
+    then: dict[str, Any] = {
+        "properties": {
+            "parameters": _object({**per_model, **_parameters(method.Merge)}),
+            "models": {"items": {"properties": {"parameters": _object(per_model)}}},
+        }
+    }
+    required = [n for n, f in parameter_fields(method.Merge).items() if f.required]
+    if required:
+        then["properties"]["parameters"] |= {"type": "object", "required": required}
+        then["required"] = ["parameters"]
+    if method.base in (Base.REQUIRED, Base.OPERAND):
+        then["properties"]["base_model"] = {"type": "string"}
+        then["required"] = [*then.get("required", []), "base_model"]
+    return {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": then}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": ["object", "null"], "additionalProperties": False, "properties": properties}
+
+
+def _parameters(model: type[Parameters]) -> dict[str, Any]:
+    """Each parameter as a value, a gradient, or filters."""
+    result = {}
+    for name, info in parameter_fields(model).items():
+        leaf = value_schema(model, name)
+        gradient = {"type": "array", "minItems": 1, "items": leaf}
+        value = leaf if info.takes_lists else {"anyOf": [leaf, gradient]}
+        rule = {
+            "type": "object",
+            "required": ["value"],
+            "additionalProperties": False,
+            "properties": {"filter": {"type": ["string", "null"]}, "value": value},
+        }
+        text = info.info.description or ""
+        if not info.required and info.default is not None:
+            text += f" (default {info.coerce(info.default)})"
+        result[name] = {
+            "description": text,
+            "anyOf": [value, rule, {"type": "array", "minItems": 1, "items": rule}],
+        }
+    return result
