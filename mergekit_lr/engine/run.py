@@ -17,7 +17,6 @@ from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.engine.digest import ALGORITHM, CHUNK, ChunkDigests, combine
 from mergekit_lr.engine.execute import Job, Looks, Worker, work
-from mergekit_lr.engine.journal import Journal
 from mergekit_lr.engine.memory import keep_freed_memory
 from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, bytes_of, planned
 from mergekit_lr.engine.progress import Progress, ProgressEvent
@@ -107,7 +106,7 @@ def run(
             job.close()
         _check_inputs_unchanged(plan)
         _check_shards(plan, space)
-        report = _report(plan, job, time.monotonic() - began)
+        report = _report(plan, job, space.digest, time.monotonic() - began)
         space.commit(_small_files(plan, report), plan.layout, overwrite=overwrite)
     finally:
         space.release()
@@ -254,7 +253,7 @@ def _check_shards(plan: Plan, space: Workspace) -> None:
         )
 
 
-def _report(plan: Plan, job: Job, seconds: float) -> dict[str, Any]:
+def _report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[str, Any]:
     from mergekit_lr import __version__
 
     chunks: dict[str, list[tuple[int, list[str]]]] = {}
@@ -281,6 +280,7 @@ def _report(plan: Plan, job: Job, seconds: float) -> dict[str, Any]:
         "mergekit_lr": __version__,
         "merge_method": plan.recipe.merge_method,
         "recipe_digest": plan.recipe.digest(),
+        "fingerprint": fingerprint,
         "inputs": [_input(plan, m) for m in plan.graph.models],
         "rules": plan.graph.rules(),
         "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in plan.graph.dropped],

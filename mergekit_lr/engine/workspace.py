@@ -7,6 +7,7 @@ matching ``OUT.partial`` goes on where it stopped; one that finds another's refu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -47,13 +48,19 @@ class Workspace:
                 "the output exists already", where=str(self.out), fix="choose another name, or pass --overwrite"
             )
 
+    @property
+    def digest(self) -> str:
+        """sha256 of the fingerprint; the report carries it, so that an output says which run made it."""
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
+
     def committed(self) -> bool:
-        """Whether an earlier run of the same kind renamed its work and was killed before it tidied up."""
-        if not self.out.is_dir() or self.model.exists() or not self.plan.exists():
+        """Whether this very run was renamed into place before and was killed before it tidied up."""
+        report = self.out / "merge_report.json"
+        if not self.root.exists() or self.model.exists() or not report.is_file():
             return False
         try:
-            same = bool(json.loads(self.plan.read_bytes()) == json.loads(json.dumps(self.fingerprint)))
-        except ValueError:
+            same = json.loads(report.read_bytes()).get("fingerprint") == self.digest
+        except (ValueError, AttributeError):
             return False
         if same:
             fs.remove_tree(self.root)
@@ -143,7 +150,6 @@ class Workspace:
         if overwrite and (self.out.exists() or self.out.is_symlink()):
             fs.rename(self.out, aside)
         fs.rename(self.model, self.out)
-        self.release()
         fs.remove_tree(self.root)
 
     def _remove_strays(self, wanted: set[str]) -> None:
@@ -171,7 +177,9 @@ class Workspace:
             )
 
     def release(self) -> None:
-        fs.remove_file(self.lock)
+        """Let others have the unfinished work, if there is any."""
+        if self.lock.exists():
+            fs.remove_file(self.lock)
 
 
 def _identity() -> dict[str, Any]:

@@ -77,7 +77,8 @@ class _Builder:
         if info.dtype not in AVERAGED:
             return Sink(name, info.dtype, info.shape, own, f"copied: {info.dtype} is not averaged")
         sources = [(str(e.reference), self.source(str(e.reference), name)) for e in self.entries]
-        if not all([self.fits(name, info, model, source) for model, source in sources]):
+        fitting = [self.fits(name, info, model, source) for model, source in sources]  # note every misfit
+        if not all(fitting):
             return None
         base = Source(self.models.index(self.base), name) if self.base else None
         merge, per_model = self.recipe.resolve(name, place)

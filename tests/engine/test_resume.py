@@ -1,0 +1,206 @@
+"""A merge killed at every single file operation, and what the next run makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mergekit_lr import merge
+from mergekit_lr.errors import UsageError
+
+# Forks from a process that has imported torch but started none of its threads: a kill costs milliseconds.
+DRIVER = """
+import hashlib, json, os, sys
+import torch
+from pathlib import Path
+from mergekit_lr import merge
+from mergekit_lr.checkpoint import fs
+
+recipe, work, overwrite = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "overwrite"
+torch.set_num_threads(1)
+
+def in_child(stop_at, out):
+    pid = os.fork()
+    if pid == 0:
+        count = 0
+        def hook(operation, path):
+            nonlocal count
+            count += 1
+            if count == stop_at:
+                os._exit(9)
+        fs.set_hook(hook)
+        try:
+            merge(recipe, out, device="cpu", threads=1, shard_size=20_000, overwrite=overwrite)
+        except BaseException as e:
+            print(type(e).__name__, e, file=sys.stderr)
+            os._exit(1)
+        (work / "count").write_text(str(count))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def digest(out):
+    h = hashlib.sha256()
+    for path in sorted(out.iterdir()):
+        if path.name != "merge_report.json":
+            h.update(path.name.encode() + path.read_bytes())
+    tensors = json.loads((out / "merge_report.json").read_text())["tensors"]
+    return h.hexdigest() + json.dumps(tensors)
+
+def old(out):
+    out.mkdir()
+    (out / "config.json").write_text("old")
+
+reference = work / "reference"
+if overwrite:
+    old(reference)
+assert in_child(0, reference) == 0
+operations = int((work / "count").read_text())
+wanted = digest(reference)
+for k in range(1, operations + 1):
+    out = work / f"out{k}"
+    if overwrite:
+        old(out)
+    assert in_child(k, out) == 9, k
+    # Either nothing (or the old model) is there, or the complete new one.
+    if out.exists() and not (overwrite and (out / "config.json").read_text() == "old"):
+        assert digest(out) == wanted, k
+    assert in_child(0, out) == 0, k
+    assert digest(out) == wanted, k
+    assert not out.with_name(out.name + ".partial").exists(), k
+print(operations)
+"""
+
+
+@pytest.mark.parametrize("overwrite", ["fresh", "overwrite"])
+def test_killed_at_every_operation_and_resumed(make, random_tensors, tmp_path, overwrite):
+    models = [make(f"m{i}", random_tensors(i)) for i in range(3)]
+    entries = [{"model": str(m), "parameters": {"weight": 0.5, "density": 0.4}} for m in models[1:]]
+    recipe = {"merge_method": "ties", "base_model": str(models[0]), "models": entries}
+    work = tmp_path / "work"
+    work.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(recipe), str(work), overwrite],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 30
+
+
+@pytest.fixture
+def interrupted(make, random_tensors, tmp_path, monkeypatch):
+    """A recipe and an output whose first run failed after three tensors."""
+    from mergekit_lr.engine.execute import Worker
+
+    a, b = make("a", random_tensors(0)), make("b", random_tensors(1))
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(m), "parameters": {"weight": 0.5}} for m in (a, b)],
+    }
+    original, ran = Worker.run, []
+
+    def failing(self, unit):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(unit)
+        original(self, unit)
+
+    with monkeypatch.context() as m:
+        m.setattr(Worker, "run", failing)
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe, tmp_path / "out", device="cpu", threads=1)
+    assert not (tmp_path / "out").exists()
+    return recipe, tmp_path / "out", a
+
+
+def count_units(monkeypatch) -> list[object]:
+    from mergekit_lr.engine.execute import Worker
+
+    original, ran = Worker.run, []
+    monkeypatch.setattr(Worker, "run", lambda self, unit: (ran.append(unit), original(self, unit))[1])
+    return ran
+
+
+def test_a_resumed_run_does_only_what_is_left(interrupted, monkeypatch, tmp_path, load):
+    recipe, out, _ = interrupted
+    ran = count_units(monkeypatch)
+    merge(recipe, out, device="cpu")
+    assert len(ran) == 4  # of 7
+    merge(recipe, tmp_path / "whole", device="cpu")
+    a, b = load(out), load(tmp_path / "whole")
+    assert all(a[n].equal(b[n]) for n in b)
+
+
+def test_damage_to_finished_work_is_noticed_and_done_again(interrupted, monkeypatch, tmp_path, load):
+    recipe, out, _ = interrupted
+    shard = tmp_path / "out.partial" / "model" / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    header = int.from_bytes(data[:8], "little") + 8
+    data[header + 5] ^= 1  # inside the first tensor
+    shard.write_bytes(data)
+    ran = count_units(monkeypatch)
+    merge(recipe, out, device="cpu")
+    assert len(ran) == 5
+    merge(recipe, tmp_path / "whole", device="cpu")
+    a, b = load(out), load(tmp_path / "whole")
+    assert all(a[n].equal(b[n]) for n in b)
+
+
+def test_a_torn_journal_line_costs_one_unit(interrupted, monkeypatch, tmp_path):
+    recipe, out, _ = interrupted
+    journal = tmp_path / "out.partial" / "journal"
+    journal.write_bytes(journal.read_bytes()[:-7])
+    ran = count_units(monkeypatch)
+    merge(recipe, out, device="cpu")
+    assert len(ran) == 5
+
+
+@pytest.mark.parametrize("change", ["recipe", "input", "shards"])
+def test_a_changed_run_is_not_resumed(interrupted, change):
+    recipe, out, a = interrupted
+    options = {}
+    if change == "recipe":
+        recipe["models"][0]["parameters"]["weight"] = 0.6
+    elif change == "input":
+        os.utime(a / "model.safetensors", ns=(1, 1))
+    else:
+        options["shard_size"] = 20_000
+    with pytest.raises(UsageError, match=r"unfinished work.*changed since: .*--restart"):
+        merge(recipe, out, device="cpu", **options)
+    merge(recipe, out, device="cpu", resume=False, **options)
+    assert not out.with_name("out.partial").exists()
+
+
+def test_a_live_run_keeps_others_out(interrupted, tmp_path):
+    recipe, out, _ = interrupted
+    lock = tmp_path / "out.partial" / "lock"
+    from mergekit_lr.engine.workspace import _identity
+
+    holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        from mergekit_lr.engine.workspace import _began
+
+        lock.write_text(json.dumps(_identity() | {"pid": holder.pid, "began": _began(holder.pid)}))
+        for resume in (True, False):
+            with pytest.raises(UsageError, match=f"another run.*process {holder.pid}"):
+                merge(recipe, out, device="cpu", resume=resume)
+        assert lock.exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    merge(recipe, out, device="cpu")  # its owner is dead: the lock does not count
+
+
+def test_no_parent_and_no_permission(make, random_tensors, tmp_path: Path):
+    from mergekit_lr.errors import ResourceError
+
+    a = make("a", random_tensors(0))
+    recipe = {"merge_method": "linear", "models": [{"model": str(a), "parameters": {"weight": 1.0}}]}
+    with pytest.raises(ResourceError, match="parent folder does not exist"):
+        merge(recipe, tmp_path / "no" / "out", device="cpu")
