@@ -1,0 +1,285 @@
+"""Does a model folder hold what it claims? For any folder, and by digest for those that this package wrote.
+
+Every check reports on its own; none stops the others. Weights are streamed once, with pread, for values that are
+not finite and for digests; everything else is headers and JSON.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.arch.tied import EMBEDDINGS, HEADS
+from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header
+from mergekit_lr.checkpoint.model import inside, read_json, read_weight_map
+from mergekit_lr.engine.digest import ALGORITHM
+from mergekit_lr.errors import CheckpointError
+from mergekit_lr.report.consistency import config_problems, layer_outliers, text_config
+from mergekit_lr.report.scan import scan
+
+INDEX = "model.safetensors.index.json"
+REPORT = "merge_report.json"
+MAX_REPORT = 1 << 30
+
+
+@dataclass
+class Verification:
+    """``problems`` make the folder unfit or say that it is not what was written; ``warnings`` are worth a look."""
+
+    path: str
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    files: int = 0
+    tensors: int = 0
+    bytes: int = 0
+    scanned: bool = False
+    digests_checked: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"ok": not self.problems, **vars(self)}
+
+    def summary_lines(self) -> list[str]:
+        """For people: the verdict, then one problem or warning a line."""
+        done = f"{self.tensors:,} tensors in {self.files} files"
+        done += ", every value finite" if self.scanned and not self.problems else ""
+        done += f", {self.digests_checked:,} digests match" if self.digests_checked and not self.problems else ""
+        verdict = f"{len(self.problems)} problems" if self.problems else "sound"
+        return [
+            f"{self.path}: {verdict} ({done})",
+            *(f"problem: {p}" for p in self.problems),
+            *(f"warning: {w}" for w in self.warnings),
+        ]
+
+
+def verify(path: str | Path, *, weights: bool = True) -> Verification:
+    """Check a model folder, or one safetensors file.
+
+    ``weights=False`` leaves the weights unread: names, shapes, config and index only, as before a commit.
+
+    Raises:
+        CheckpointError: there is nothing at ``path`` to verify.
+    """
+    folder = Path(path)
+    result = Verification(str(path))
+    if folder.is_file():
+        headers = _read_headers(result, folder.parent, [folder.name])
+        mapped, report = None, None
+    elif folder.is_dir():
+        mapped = _weight_map(result, folder)
+        headers = _read_headers(result, folder, sorted(_wanted(folder, mapped)))
+        report = _json(result, folder, REPORT, MAX_REPORT)
+    else:
+        raise CheckpointError("no such model", where=str(path), fix="give a folder or a .safetensors file")
+    tensors = _placement(result, headers, mapped)
+    result.files, result.tensors = len(headers), len(tensors)
+    result.bytes = sum(info.nbytes for info, _ in tensors.values())
+    infos = {name: info for name, (info, _) in tensors.items()}
+    result.warnings += layer_outliers(infos)
+    config = None
+    if folder.is_dir():
+        _check_folder(result, folder, headers, infos)
+        config = _json(result, folder, "config.json")
+        if config is not None:
+            result.problems += config_problems(config, infos)
+            _check_tokenizer(result, folder, config, infos)
+            _check_token_ids(result, folder, config)
+    claimed = _check_report(result, report, infos)
+    if weights:
+        root = folder if folder.is_dir() else folder.parent
+        _check_weights(result, root, tensors, claimed, config)
+    return result
+
+
+def _wanted(folder: Path, mapped: dict[str, set[str]] | None) -> set[str]:
+    present = {p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_")}
+    return present | set(mapped or ())
+
+
+def _weight_map(result: Verification, folder: Path) -> dict[str, set[str]] | None:
+    if not (folder / INDEX).exists():
+        return None
+    try:
+        return read_weight_map(inside(folder, INDEX))
+    except CheckpointError as e:
+        result.problems.append(str(e))
+        return None
+
+
+def _read_headers(result: Verification, folder: Path, names: list[str]) -> dict[str, Header]:
+    headers: dict[str, Header] = {}
+    for name in names:
+        try:
+            headers[name] = read_header(inside(folder, name))
+        except CheckpointError as e:
+            result.problems.append(str(e))
+    if not names:
+        result.problems.append(f"{folder}: holds no safetensors")
+    return headers
+
+
+def _placement(
+    result: Verification, headers: dict[str, Header], mapped: dict[str, set[str]] | None
+) -> dict[str, tuple[TensorInfo, str]]:
+    """Each tensor with the file that counts for it; every disagreement of index and files is a problem."""
+    tensors: dict[str, tuple[TensorInfo, str]] = {}
+    owner = {name: file for file, names in (mapped or {}).items() for name in names}
+    for file, header in headers.items():
+        listed = None if mapped is None else mapped.get(file)
+        if mapped is not None and listed is None:
+            result.problems.append(f"{file} is not in the index, and loaders that take every file would read it")
+            continue
+        unlisted = sorted(set(header.tensors) - listed) if listed is not None else []
+        for name in unlisted[:3]:
+            elsewhere = f" (it places that tensor in {owner[name]})" if name in owner else ""
+            result.problems.append(f"{file} holds {name!r}, which the index does not list there{elsewhere}")
+        if len(unlisted) > 3:
+            result.problems.append(f"{file} holds {len(unlisted)} tensors that the index does not list there")
+        for name, info in header.tensors.items():
+            if listed is not None and name not in listed:
+                continue
+            if name in tensors:
+                result.problems.append(f"tensor {name!r} is in both {tensors[name][1]} and {file}")
+            else:
+                tensors[name] = (info, file)
+    for file, names in (mapped or {}).items():
+        absent = sorted(names - set(headers[file].tensors)) if file in headers else []
+        if absent:
+            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+            result.problems.append(f"the index places {absent[0]!r} in {file}, which does not hold it{more}")
+    return tensors
+
+
+def _check_folder(result: Verification, folder: Path, headers: dict[str, Header], infos: dict[str, TensorInfo]) -> None:
+    index = _json(Verification(""), folder, INDEX)
+    total = (index or {}).get("metadata", {})
+    total = total.get("total_size") if isinstance(total, dict) else None
+    if isinstance(total, int | float) and int(total) != result.bytes:
+        result.warnings.append(f"the index says total_size {int(total)}, but the tensors take {result.bytes} bytes")
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt") and path.is_file():
+            result.warnings.append(f"{name} may be a pickle; it is not checked, and loading it could run code")
+        elif path.suffix == ".py":
+            result.warnings.append(f"{name} is code; it runs only where a loader is told to trust it")
+        elif name.startswith(".tmp") or name.endswith((".partial", ".incomplete")):
+            result.warnings.append(f"{name} looks like a leftover of an interrupted write")
+        mode = path.stat().st_mode if path.exists() else 0
+        if name in headers or name.endswith(".json"):
+            if not os.access(path, os.R_OK):
+                result.problems.append(f"{name} cannot be read by this user")
+            elif not mode & 0o044:
+                result.warnings.append(f"{name} is readable by its owner only (mode {mode & 0o777:04o})")
+
+
+def _check_tokenizer(result: Verification, folder: Path, config: dict[str, Any], infos: dict[str, TensorInfo]) -> None:
+    tokenizer = _json(result, folder, "tokenizer.json")
+    if tokenizer is None:
+        return
+    rows = [infos[n].shape[0] for n in EMBEDDINGS if n in infos and infos[n].shape]
+    size = rows[0] if rows else text_config(config).get("vocab_size")
+    highest = _highest_token(tokenizer)
+    if isinstance(size, int) and highest is not None and highest >= size:
+        result.problems.append(f"tokenizer.json has the id {highest}, but the embeddings have {size} rows")
+
+
+def _highest_token(tokenizer: dict[str, Any]) -> int | None:
+    model = tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids: list[int] = []
+    if isinstance(vocab, dict):
+        ids += [i for i in vocab.values() if type(i) is int]
+    elif isinstance(vocab, list) and vocab:
+        ids.append(len(vocab) - 1)
+    for token in tokenizer.get("added_tokens") or []:
+        if isinstance(token, dict) and type(token.get("id")) is int:
+            ids.append(token["id"])
+    return max(ids, default=None)
+
+
+def _check_token_ids(result: Verification, folder: Path, config: dict[str, Any]) -> None:
+    size = text_config(config).get("vocab_size")
+    if type(size) is not int:
+        return
+    for file, content in (("config.json", config), ("generation_config.json", None)):
+        content = content if content is not None else _json(result, folder, file)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = (content or {}).get(key)
+            for token in value if isinstance(value, list) else [value]:
+                if type(token) is int and token >= size:
+                    result.problems.append(f"{file} has {key} {token}, but vocab_size is {size}")
+
+
+def _check_report(result: Verification, report: Any, infos: dict[str, TensorInfo]) -> dict[str, str]:
+    """Digests that our own report claims; names, dtypes and shapes are compared here."""
+    entries = report.get("tensors") if isinstance(report, dict) else None
+    if report is None:
+        return {}
+    if not isinstance(entries, list):
+        result.problems.append(f"{REPORT} lists no tensors")
+        return {}
+    claimed: dict[str, str] = {}
+    for entry in entries:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            result.problems.append(f"{REPORT} has an entry without a name")
+            continue
+        info = infos.get(name)
+        if info is None:
+            result.problems.append(f"{REPORT} lists {name!r}, which is not there")
+        elif (entry.get("dtype"), entry.get("shape")) != (info.dtype, list(info.shape)):
+            result.problems.append(
+                f"{name!r} is {info.dtype} {list(info.shape)}, not {entry.get('dtype')} {entry.get('shape')} as written"
+            )
+        elif isinstance(entry.get("digest"), str):
+            claimed[name] = entry["digest"]
+    known = {e.get("name") for e in entries if isinstance(e, dict)}
+    result.problems += [f"{name!r} is not in {REPORT}" for name in sorted(set(infos) - known)]
+    if claimed and report.get("digest_algorithm") != ALGORITHM:
+        result.warnings.append(f"{REPORT} has digests of another kind ({str(report.get('digest_algorithm'))[:60]})")
+        return {}
+    return claimed
+
+
+def _check_weights(
+    result: Verification,
+    folder: Path,
+    tensors: dict[str, tuple[TensorInfo, str]],
+    claimed: dict[str, str],
+    config: dict[str, Any] | None,
+) -> None:
+    """Values that are not finite, digests that differ, and a stored head that differs from what it is tied to."""
+    digests, problems = scan(folder, tensors)
+    result.problems += problems
+    result.scanned = True
+    for name, digest in claimed.items():
+        if name in digests:
+            result.digests_checked += 1
+            if digests[name] != digest:
+                result.problems.append(
+                    f"{name!r} is not as it was written: its digest is {digests[name]}, not {digest}"
+                )
+    # A head beside embeddings that the config ties it to: some loaders read it, others drop it.
+    if config is not None and text_config(config).get("tie_word_embeddings") is True:
+        head = next((n for n in HEADS if n in digests), None)
+        embedding = next((n for n in EMBEDDINGS if n in digests), None)
+        if head and embedding and digests[head] != digests[embedding]:
+            result.problems.append(f"config.json ties {head!r} to {embedding!r}, but the two differ")
+
+
+def _json(result: Verification, folder: Path, name: str, most: int | None = None) -> dict[str, Any] | None:
+    """A JSON object of the folder; None where there is none, and a problem where it is not one."""
+    try:
+        path = inside(folder, name)
+        if not path.exists():
+            return None
+        content = read_json(path) if most is None else read_json(path, most=most)
+    except CheckpointError as e:
+        result.problems.append(str(e))
+        return None
+    if not isinstance(content, dict):
+        result.problems.append(f"{name} does not hold an object")
+        return None
+    return content
