@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def _announce(operation: str, path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def explained(doing: str, path: str | os.PathLike[str]):  # type: ignore[no-untyped-def]
+def explained(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an OSError into a ResourceError that says what to do."""
     try:
         yield
@@ -114,10 +114,7 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
 
 
 _SYNC_FILE_RANGE_WRITE = 2
-try:
-    _sync_file_range = ctypes.CDLL(None).sync_file_range
-except (OSError, AttributeError):
-    _sync_file_range = None
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 def append(path: Path, data: bytes) -> None:
@@ -161,7 +158,7 @@ def rename(old: Path, new: Path) -> None:
     """Rename, atomically, and make the parent's entry durable."""
     with explained(f"rename {old.name}", new):
         _announce("rename", new)
-        os.rename(old, new)
+        Path(old).rename(new)
         fsync(new.parent)
 
 

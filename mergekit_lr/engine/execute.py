@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,8 +66,6 @@ class Job:
             return self._descriptors[number], path
 
     def close(self) -> None:
-        import os
-
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -208,7 +208,7 @@ class Worker:
     def _write(self, sink: Sink, start: int, narrow: Tensor, digests: ChunkDigests) -> None:
         place = self.job.layout.places[sink.name]
         fd, path = self.job.shard(place.shard)
-        data = memoryview(narrow.view(torch.uint8).numpy())
+        data = narrow.view(torch.uint8).numpy().data
         fs.pwrite(fd, data, place.offset + start * ITEM_BYTES[sink.dtype], path)
         digests.update(data)
         inputs = 1 if operation_of(sink.value) is None else len(self.job.checkpoints)
@@ -258,6 +258,7 @@ def work(job: Job, queue: deque[Unit], failures: list[BaseException]) -> None:
 
 
 def _stream(device: str) -> Any:
-    from contextlib import nullcontext
-
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device != "cpu" else nullcontext()
+    """A stream of the worker's own, so that one worker's copies overlap another's arithmetic."""
+    if device == "cpu":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -19,13 +19,11 @@ from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merg
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
 from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.nodes import MergeGraph, sources_of
-from mergekit_lr.method import Slicing
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.sizes import parse_size
 
 DEFAULT_SHARD = "5GB"
-SHOWN_PROBLEMS = 20
 
 
 @dataclass
@@ -175,9 +173,8 @@ def _lay_out(
     check_vocabularies(merged)
     layout = lay_out(graph.sinks, parse_size(shard_size))
     slicing = {i: slicing_of(s) for i, s in enumerate(graph.sinks)}
-    uncut = {i: how for i, how in slicing.items() if how is Slicing.NONE}
     limit = None if max_memory is None else parse_size(max_memory)
-    budget = make_budget(graph, uncut, limit, threads, device)
+    budget = make_budget(graph, slicing, limit, threads, device)
     tokenizer = inputs[str(recipe.tokenizer_source)] if recipe.tokenizer_source else merged[0]
     config, config_warnings = merged_config(merged[0], {s.dtype for s in graph.sinks if s.dtype in AVERAGED})
     files, file_warnings = carried_over(merged[0], tokenizer)

@@ -40,9 +40,7 @@ class Workspace:
         for used in inputs:
             own = used.resolve()
             if own == target or target in own.parents:
-                raise UsageError(
-                    "the output is one of the inputs", where=str(self.out), fix="write to another folder"
-                )
+                raise UsageError("the output is one of the inputs", where=str(self.out), fix="write to another folder")
         if (self.out.exists() or self.out.is_symlink()) and not overwrite:
             raise UsageError(
                 "the output exists already", where=str(self.out), fix="choose another name, or pass --overwrite"
@@ -59,7 +57,7 @@ class Workspace:
         if not self.root.exists() or self.model.exists() or not report.is_file():
             return False
         try:
-            same = json.loads(report.read_bytes()).get("fingerprint") == self.digest
+            same = bool(json.loads(report.read_bytes()).get("fingerprint") == self.digest)
         except (ValueError, AttributeError):
             return False
         if same:
@@ -84,9 +82,7 @@ class Workspace:
     def _check_writable(self) -> None:
         parent = self.out.parent
         if not parent.is_dir():
-            raise ResourceError(
-                "the output's parent folder does not exist", where=str(parent), fix="create it first"
-            )
+            raise ResourceError("the output's parent folder does not exist", where=str(parent), fix="create it first")
 
     def _match_plan(self) -> None:
         wanted = json.dumps(self.fingerprint, sort_keys=True, indent=1).encode()
@@ -213,5 +209,3 @@ def _alive(holder: dict[str, Any]) -> bool:
     except PermissionError:
         return True
     return bool(_began(int(holder["pid"])) == holder.get("began"))
-
-

@@ -164,5 +164,3 @@ def refuse_quantised(checkpoints: Iterable[Checkpoint]) -> None:
 def _quantiser(checkpoint: Checkpoint) -> str:
     section = (checkpoint.config or {}).get("quantization_config")
     return str(section.get("quant_method", "unknown method")) if isinstance(section, dict) else "unknown method"
-
-

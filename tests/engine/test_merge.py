@@ -56,7 +56,7 @@ def test_task_arithmetic_adds_weighted_deltas_to_the_base(three, tmp_path, load)
 
 
 @pytest.mark.parametrize("recipe", [task, ties], ids=["task_arithmetic", "ties"])
-def test_bytes_do_not_depend_on_threads_pieces_shards_or_memory(recipe, make, random_tensors, tmp_path, monkeypatch, load):
+def test_bytes_depend_on_nothing_but_recipe_and_inputs(recipe, make, random_tensors, tmp_path, monkeypatch, load):
     shapes = {"model.layers.0.w.weight": (700, 300), "model.layers.1.w.weight": (131_072,), "x.weight": (513, 129)}
     models = [make(f"m{i}", random_tensors(i, shapes=shapes)) for i in range(3)]
     variants: list[dict[str, Any]] = [
@@ -96,8 +96,9 @@ def test_sharded_output_has_an_index_that_places_every_tensor(three, tmp_path, l
 
 
 def test_every_tensor_is_accounted_for(make, random_tensors, tmp_path, load):
-    base = random_tensors(0) | {"model.layers.0.position_ids": torch.arange(10), "model.flag": torch.tensor([True, False])}
-    other = random_tensors(1) | {"model.layers.0.position_ids": torch.arange(10) + 5, "model.flag": torch.tensor([True, True])}
+    base, other = random_tensors(0), random_tensors(1)
+    base |= {"model.layers.0.position_ids": torch.arange(10), "model.flag": torch.tensor([True, False])}
+    other |= {"model.layers.0.position_ids": torch.arange(10) + 5, "model.flag": torch.tensor([True, True])}
     other["extra.weight"] = torch.zeros(3)
     result = merge(task(make("base", base), make("other", other)), tmp_path / "out", device="cpu")
     got = load(tmp_path / "out")
@@ -149,7 +150,12 @@ def test_values_that_are_not_finite_are_refused_with_their_place(make, random_te
     recipe = {
         "linear": linear(base, other),
         "ties": ties(base, third, other),
-        "slerp": {"merge_method": "slerp", "base_model": str(base), "models": [{"model": str(other)}], "parameters": {"t": 0.5}},
+        "slerp": {
+            "merge_method": "slerp",
+            "base_model": str(base),
+            "models": [{"model": str(other)}],
+            "parameters": {"t": 0.5},
+        },
     }[method]
     with pytest.raises(NonFiniteError, match=r"b: tensor 'model.layers.1.mlp.up_proj.weight' holds 1 values.*12345"):
         merge(recipe, tmp_path / "out", device="cpu")

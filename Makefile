@@ -1,0 +1,43 @@
+# Two commands need nothing but Python 3.11 or later, pip and make: `make demo` and `make test`.
+# Each makes its own virtual environment in .venv from the pinned constraints.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow test-peer test-gpu test-wheel lint zoo clean
+
+demo: $(READY)
+	$(BIN)/python examples/quickstart.py
+
+test: $(READY) lint
+	$(BIN)/pytest -q
+	$(BIN)/python tests/packaging/check_wheel.py
+
+# The suites that need minutes, another project's environment, or a GPU.
+test-slow: $(READY)
+	$(BIN)/pytest -q -m slow
+
+test-peer: $(READY)
+	$(BIN)/pytest -q -m peer
+
+test-gpu: $(READY)
+	$(BIN)/pytest -q -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check -q .
+	$(BIN)/mypy
+
+# Trains every example model again (about half an hour on two cores); see examples/README.md.
+zoo: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[zoo]'
+	$(BIN)/python examples/zoo/build.py
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out
