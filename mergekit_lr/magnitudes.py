@@ -1,12 +1,14 @@
 """Passes over magnitudes as integers: the 31 bits of ``|x|`` order as ``|x|`` does.
 
-On a CPU the comparisons and gathers go through numpy, which does them several times faster than torch; on a
-GPU they are torch operations on the device, and only counts and collected values come back.
+On a CPU the comparisons and gathers go through numpy, which does them several times faster than torch, and
+over blocks that stay in cache; on a GPU they are torch operations on the device, and only counts and
+collected values come back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy.typing as npt
 
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import GRID, Call, Pass, Piece
+from mergekit_lr.pieces import SAMPLED_PLACES
 from mergekit_lr.statistics import Values
 
 if TYPE_CHECKING:
@@ -21,10 +24,12 @@ if TYPE_CHECKING:
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
-SAMPLE = 4096  # elements looked at in each sampled block
 LOW_BITS = 15
 INFINITY = 0x7F800000  # bits of +inf: no finite magnitude reaches it
 _MAGNITUDE = 0x7FFFFFFF
+
+BlockCounts = list[tuple[str, int, Int64]]
+"""(tensor, first block, one count for each block of `GRID` elements), in order."""
 
 
 @dataclass(frozen=True)
@@ -49,80 +54,210 @@ def magnitude_bits(x: Tensor) -> Tensor:
     return x.detach().reshape(-1).view(torch.int32) & _MAGNITUDE
 
 
-def _above_and_inside(bits: Tensor, low: int, high: int) -> tuple[int, Int32]:
-    """How many of ``bits`` lie above ``high``, and those in ``low .. high``."""
+def _blocks(call: Call, piece: Piece, values: Values) -> Iterator[list[Tensor]]:
+    """Magnitude bits of every value stream, `GRID` elements at a time."""
+    flat = [v.reshape(-1) for v in values(call, piece)]
+    for a in range(0, flat[0].numel(), GRID):
+        yield [magnitude_bits(v[a : a + GRID]) for v in flat]
+
+
+def _above(bits: Tensor, high: int) -> int:
+    if high >= INFINITY:
+        return 0
     if bits.device.type != "cpu":
-        above = int(torch.count_nonzero(bits > high)) if high < INFINITY else 0
-        return above, bits[(bits >= low) & (bits <= high)].cpu().numpy()
+        return int(torch.count_nonzero(bits > high))
+    return int(np.count_nonzero(bits.numpy() > np.int32(high)))
+
+
+def _inside(bits: Tensor, low: int, high: int) -> Int32:
+    """The ``bits`` in ``low .. high``, in order."""
+    if bits.device.type != "cpu":
+        chosen: Int32 = bits[(bits >= low) & (bits <= high)].cpu().numpy()
+        return chosen
     b: Int32 = bits.numpy()
-    above = int(np.count_nonzero(b > np.int32(high))) if high < INFINITY else 0
     # One unsigned comparison for low <= b <= high; then a gather by index, cheaper here than one by mask.
-    inside = (b - np.int32(low)).view(np.uint32) <= np.uint32(high - low)
-    return above, b.take(np.flatnonzero(inside))
+    return b.take(np.flatnonzero((b - np.int32(low)).view(np.uint32) <= np.uint32(high - low)))
 
 
 @dataclass
-class Sample(Pass["list[list[Int32]]", "list[Int32]"]):
-    """Magnitudes at a few places, sorted. The engine hands it short pieces spread over the tensor."""
+class Samples:
+    """What a sample says of one stream: magnitudes, and how many entries each stands for."""
 
-    sample = SAMPLE
-    values: Values
+    parts: list[Int32]
+    weights: list[float]
 
-    def map(self, call: Call, piece: Piece) -> list[list[Int32]]:
-        return [[magnitude_bits(v).cpu().numpy()] for v in self.values(call, piece)]
+    def bracket(self, want: Want) -> Bracket | None:
+        """Magnitudes that hold the wanted threshold nearly always; None where there is nothing to go by.
 
-    def fold(self, total: list[list[Int32]] | None, partial: list[list[Int32]]) -> list[list[Int32]]:
-        return partial if total is None else [a + b for a, b in zip(total, partial, strict=True)]
+        The margin is four standard errors of the share of entries above the threshold, as the places looked
+        at differ among themselves; so it widens where a tensor's rows or a model's tensors differ.
+        """
+        sizes = np.array([p.size for p in self.parts])
+        if not sizes.sum():
+            return None
+        bits = np.concatenate(self.parts)
+        order = np.argsort(bits, kind="stable")
+        bits = bits[order]
+        below = np.cumsum(np.repeat(self.weights, sizes)[order])
+        target = below[-1] - want.keep
+        middle = bits[min(int(np.searchsorted(below, target)), bits.size - 1)]
+        above = np.array([np.count_nonzero(p > middle) for p in self.parts])
+        share = float(np.dot(self.weights, above)) / float(below[-1])
+        w = np.array(self.weights)
+        between = np.sum((w * (above - share * sizes)) ** 2)
+        within = share * (1 - share) * np.sum(w**2 * sizes)
+        margin = 4 * float(np.sqrt(max(between, within))) + 8 * max(self.weights)
+        i = int(np.searchsorted(below, target - margin)) - 1
+        j = int(np.searchsorted(below, target + margin)) + 1
+        low = int(bits[i]) if i >= 0 else 0
+        high = int(bits[j]) if j < bits.size else INFINITY
+        return Bracket(want, low, high)
 
-    def finish(self, total: list[list[Int32]]) -> list[Int32]:
-        return [np.sort(np.concatenate(parts)) for parts in total]
+    def share(self, bracket: Bracket) -> float:
+        """Estimated share of entries inside ``bracket``."""
+        inside = [np.count_nonzero((p >= bracket.low) & (p <= bracket.high)) for p in self.parts]
+        total = float(np.dot(self.weights, [p.size for p in self.parts]))
+        return float(np.dot(self.weights, inside)) / total
 
 
 @dataclass
-class Collect(Pass["list[tuple[int, list[Int32]]]", "list[tuple[int, Int32]]"]):
-    """Per bracket: how many magnitudes lie above it, and those inside."""
+class Sample(Pass["list[tuple[str, int, list[Int32]]]", "list[Samples]"]):
+    """Magnitudes at a few places. The engine hands it short pieces spread over each tensor.
 
+    Of ``numel`` entries in all about ``most`` are kept, in proportion to the tensors' sizes.
+    """
+
+    sample = 1024
     values: Values
-    brackets: list[Bracket]
+    numel: int
+    most: int = 1 << 20
 
-    def map(self, call: Call, piece: Piece) -> list[tuple[int, list[Int32]]]:
-        streams = [magnitude_bits(v) for v in self.values(call, piece)]
-        out: list[tuple[int, list[Int32]]] = []
-        for b in self.brackets:
-            above, inside = _above_and_inside(streams[b.want.stream], b.low, b.high)
-            out.append((above, [inside]))
-        return out
+    def map(self, call: Call, piece: Piece) -> list[tuple[str, int, list[Int32]]]:
+        flat = [v.reshape(-1) for v in self.values(call, piece)]
+        places = min(-(-call.numel // GRID), SAMPLED_PLACES)
+        wanted = self.most * call.numel / (self.numel * places)  # this piece's share of all samples
+        stride = max(1, int(flat[0].numel() / max(wanted, 1)))
+        return [(call.name, call.numel, [magnitude_bits(v[::stride]).cpu().numpy() for v in flat])]
 
     def fold(self, total: Any, partial: Any) -> Any:
         if total is None:
             return partial
-        for (_, mine), (_, new) in zip(total, partial, strict=True):
-            mine.extend(new)
-        return [(a + c, b) for (a, b), (c, _) in zip(total, partial, strict=True)]
+        total.extend(partial)
+        return total
 
-    def finish(self, total: list[tuple[int, list[Int32]]]) -> list[tuple[int, Int32]]:
-        return [(above, np.concatenate(parts)) for above, parts in total]
+    def finish(self, total: list[tuple[str, int, list[Int32]]]) -> list[Samples]:
+        streams = range(len(total[0][2]))
+        seen: dict[str, int] = {}
+        for name, _, parts in total:
+            seen[name] = seen.get(name, 0) + parts[0].size
+        out = []
+        for s in streams:
+            kept = [(parts[s], numel / seen[name]) for name, numel, parts in total if parts[s].size]
+            out.append(Samples([p for p, _ in kept], [w for _, w in kept]))
+        return out
+
+
+@dataclass
+class Collected:
+    """Per bracket: how many magnitudes lie above it, those inside, and how many of these each block has."""
+
+    above: int = 0
+    parts: list[Int32] = field(default_factory=list)
+    blocks: BlockCounts = field(default_factory=list)
+
+    def ties(self, value: int) -> BlockCounts:
+        """Entries equal to ``value``, by block."""
+        before = np.concatenate([[0], np.cumsum(np.concatenate(self.parts) == np.int32(value))])
+        edges = np.concatenate([[0], np.cumsum(np.concatenate([c for _, _, c in self.blocks]))])
+        counts = np.diff(before[edges])
+        out, at = [], 0
+        for name, first, sizes in self.blocks:
+            out.append((name, first, counts[at : at + sizes.size]))
+            at += sizes.size
+        return out
+
+
+@dataclass
+class Collect(Pass["list[Collected]", "list[Collected]"]):
+    """Everything inside each bracket; for tensors of moderate size."""
+
+    values: Values
+    brackets: list[Bracket]
+
+    def map(self, call: Call, piece: Piece) -> list[Collected]:
+        out = [Collected() for _ in self.brackets]
+        sizes: list[list[int]] = [[] for _ in self.brackets]
+        for streams in _blocks(call, piece, self.values):
+            for b, c, size in zip(self.brackets, out, sizes, strict=True):
+                bits = streams[b.want.stream]
+                c.above += _above(bits, b.high)
+                c.parts.append(_inside(bits, b.low, b.high))
+                size.append(c.parts[-1].size)
+        for c, size in zip(out, sizes, strict=True):
+            c.blocks.append((call.name, piece.start // GRID, np.array(size, dtype=np.int64)))
+        return out
+
+    def fold(self, total: list[Collected] | None, partial: list[Collected]) -> list[Collected]:
+        if total is None:
+            return partial
+        for mine, new in zip(total, partial, strict=True):
+            mine.above += new.above
+            mine.parts.extend(new.parts)
+            mine.blocks.extend(new.blocks)
+        return total
+
+    def finish(self, total: list[Collected]) -> list[Collected]:
+        return total
+
+
+Counted = tuple[int, Int64]
+"""(entries above, counts of each magnitude of a bracket in ascending order)."""
+
+
+@dataclass
+class Count(Pass["list[Counted]", "list[Counted]"]):
+    """How often each magnitude in each bracket occurs; the brackets' widths alone decide its memory."""
+
+    values: Values
+    brackets: list[Bracket]
+
+    def map(self, call: Call, piece: Piece) -> list[Counted]:
+        above = [0] * len(self.brackets)
+        inside: list[list[Int32]] = [[] for _ in self.brackets]
+        for streams in _blocks(call, piece, self.values):
+            for i, b in enumerate(self.brackets):
+                above[i] += _above(streams[b.want.stream], b.high)
+                inside[i].append(_inside(streams[b.want.stream], b.low, b.high) - np.int32(b.low))
+        empty = [np.zeros(0, np.int32)]
+        return [
+            (a, np.bincount(np.concatenate(parts or empty), minlength=b.high - b.low + 1))
+            for b, a, parts in zip(self.brackets, above, inside, strict=True)
+        ]
+
+    def fold(self, total: list[Counted] | None, partial: list[Counted]) -> list[Counted]:
+        if total is None:
+            return partial
+        for (_, mine), (_, new) in zip(total, partial, strict=True):
+            mine += new
+        return [(a + c, counts) for (a, counts), (c, _) in zip(total, partial, strict=True)]
+
+    def finish(self, total: list[Counted]) -> list[Counted]:
+        return total
 
 
 @dataclass
 class Histogram(Pass["list[Int64]", "list[Int64]"]):
-    """Per want: counts of magnitudes by their high 16 bits; or, in a chosen bin, by their low 15 bits."""
+    """Per want: counts of all magnitudes by their high 16 bits."""
 
     values: Values
     wants: list[Want]
-    bins: list[int] | None = None
 
     def map(self, call: Call, piece: Piece) -> list[Int64]:
-        streams = [magnitude_bits(v) for v in self.values(call, piece)]
-        if self.bins is None:
-            by_stream = {w.stream: _counts(streams[w.stream] >> LOW_BITS, 1 << 16) for w in self.wants}
-            return [by_stream[w.stream].copy() for w in self.wants]
-        out = []
-        for want, high in zip(self.wants, self.bins, strict=True):
-            bits = streams[want.stream]
-            first = high << LOW_BITS
-            _, inside = _above_and_inside(bits, first, first + (1 << LOW_BITS) - 1)
-            out.append(np.bincount(inside - np.int32(first), minlength=1 << LOW_BITS))
+        out = [np.zeros(1 << 16, np.int64) for _ in self.wants]
+        for streams in _blocks(call, piece, self.values):
+            high = {w.stream: _counts(streams[w.stream] >> LOW_BITS, 1 << 16) for w in self.wants}
+            for mine, want in zip(out, self.wants, strict=True):
+                mine += high[want.stream]
         return out
 
     def fold(self, total: list[Int64] | None, partial: list[Int64]) -> list[Int64]:
@@ -143,31 +278,29 @@ def _counts(small: Tensor, size: int) -> Int64:
 
 
 @dataclass
-class Ties(Pass["list[list[tuple[str, int, Int64]]]", "list[list[tuple[str, int, Int64]]]"]):
-    """Per want: (tensor, first block, counts by block) of entries equal to its threshold, in order."""
+class Ties(Pass["list[BlockCounts]", "list[BlockCounts]"]):
+    """Per want: how many entries of each block equal its threshold."""
 
     values: Values
     wants: list[Want]
     thresholds: list[int]
 
-    def map(self, call: Call, piece: Piece) -> list[list[tuple[str, int, Int64]]]:
-        streams = [magnitude_bits(v) for v in self.values(call, piece)]
-        out = []
-        for want, threshold in zip(self.wants, self.thresholds, strict=True):
-            bits = streams[want.stream]
-            blocks = [bits[a : a + GRID] for a in range(0, bits.numel(), GRID)]
-            counts = np.array([_equal(b, threshold) for b in blocks], dtype=np.int64)
-            out.append([(call.name, piece.start // GRID, counts)])
-        return out
+    def map(self, call: Call, piece: Piece) -> list[BlockCounts]:
+        counts: list[list[int]] = [[] for _ in self.wants]
+        for streams in _blocks(call, piece, self.values):
+            for want, threshold, mine in zip(self.wants, self.thresholds, counts, strict=True):
+                mine.append(_equal(streams[want.stream], threshold))
+        first = piece.start // GRID
+        return [[(call.name, first, np.array(mine, dtype=np.int64))] for mine in counts]
 
-    def fold(self, total: Any, partial: Any) -> Any:
+    def fold(self, total: list[BlockCounts] | None, partial: list[BlockCounts]) -> list[BlockCounts]:
         if total is None:
             return partial
         for mine, new in zip(total, partial, strict=True):
             mine.extend(new)
         return total
 
-    def finish(self, total: Any) -> Any:
+    def finish(self, total: list[BlockCounts]) -> list[BlockCounts]:
         return total
 
 

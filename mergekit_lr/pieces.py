@@ -11,7 +11,7 @@ from mergekit_lr.method import GRID, Call, Method, Pass, Piece, Slicing, Space, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLED_PLACES = 16
+SAMPLED_PLACES = 64
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,11 @@ def spans(shape: tuple[int, ...], slicing: Slicing, most: int) -> list[Span]:
         rows = n // columns if columns else 0
         step = max(1, most // max(columns, 1))
         cuts = range(0, rows, step)
-        return [
-            Span(r * columns, min(rows, r + step) * columns, (min(rows, r + step) - r, columns)) for r in cuts
-        ] or [Span(0, n, (rows, columns))]
+        return [Span(r * columns, min(rows, r + step) * columns, (min(rows, r + step) - r, columns)) for r in cuts] or [
+            Span(0, n, (rows, columns))
+        ]
     step = max(GRID, most // GRID * GRID)
-    return [Span(a, min(n, a + step), (min(n, a + step) - a,)) for a in range(0, n, step)] or [
-        Span(0, 0, (0,))
-    ]
+    return [Span(a, min(n, a + step), (min(n, a + step) - a,)) for a in range(0, n, step)] or [Span(0, 0, (0,))]
 
 
 def sample_spans(shape: tuple[int, ...], size: int) -> list[Span]:

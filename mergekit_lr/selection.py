@@ -19,10 +19,12 @@ from mergekit_lr.lazy import torch
 from mergekit_lr.magnitudes import (
     INFINITY,
     LOW_BITS,
+    BlockCounts,
     Bracket,
     Collect,
+    Collected,
+    Count,
     Histogram,
-    Int32,
     Int64,
     Sample,
     Ties,
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Cut", "ModelCut", "Want", "count_to_keep", "magnitude_bits", "select", "select_model_wide"]
 
-SMALL = 1 << 18  # up to this many elements the bracket is everything
+SMALL = 1 << 18  # up to this many elements everything is collected
+MOST_COLLECTED = 1 << 22  # entries of one stream that may be collected: 16 MiB
+MOST_COUNTED = 1 << 18  # distinct magnitudes in a bracket that may be counted
 
 
 def count_to_keep(density: float, numel: int) -> int:
@@ -93,38 +97,32 @@ KEEP_ALL = Cut(0.0)
 
 @dataclass
 class _Found:
-    """What is known of one want: its threshold (bits) and how many of the entries equal to it are kept."""
+    """What is known of one want: its threshold (bits), and how many of the entries equal to it are kept."""
 
     threshold: int
     quota: int
     equal: int
+    ties: BlockCounts | None = None
 
 
-def _brackets(wants: list[Want], samples: list[Int32] | None, numel: int) -> list[Bracket | None]:
-    """A bracket per want that holds its threshold nearly always; None where it would collect a lot."""
-    out: list[Bracket | None] = []
-    for want in wants:
-        if samples is None:
-            out.append(Bracket(want, 0, INFINITY))
-            continue
-        ordered = samples[want.stream]
-        at = (1 - want.keep / numel) * ordered.size
-        margin = 0.01 * ordered.size + 4 * np.sqrt(ordered.size)
-        i, j = int(at - margin), int(at + margin)
-        low = int(ordered[i]) if i >= 0 else 0
-        high = int(ordered[j]) if j < ordered.size else INFINITY
-        share = np.searchsorted(ordered, high, "right") - np.searchsorted(ordered, low, "left")
-        out.append(Bracket(want, low, high) if share <= ordered.size // 8 else None)
-    return out
-
-
-def _from_collected(want: Want, above: int, inside: Int32) -> _Found | None:
+def _from_collected(want: Want, got: Collected) -> _Found | None:
     """The threshold from collected magnitudes, or None where the bracket missed it."""
-    rank = want.keep - above
+    inside = np.concatenate(got.parts)
+    rank = want.keep - got.above
     if not 0 < rank <= inside.size:
         return None
     threshold = int(np.partition(inside, inside.size - rank)[inside.size - rank])
-    return _Found(threshold, rank - int((inside > threshold).sum()), int((inside == threshold).sum()))
+    quota = rank - int(np.count_nonzero(inside > threshold))
+    equal = int(np.count_nonzero(inside == threshold))
+    return _Found(threshold, quota, equal, got.ties(threshold) if quota < equal else None)
+
+
+def _from_counts(bracket: Bracket, above: int, counts: Int64) -> _Found | None:
+    rank = bracket.want.keep - above
+    if not 0 < rank <= counts.sum():
+        return None
+    at, quota = _bin_of(counts, rank)
+    return _Found(bracket.low + at, quota, int(counts[at]))
 
 
 def _bin_of(counts: Int64, rank: int) -> tuple[int, int]:
@@ -135,28 +133,41 @@ def _bin_of(counts: Int64, rank: int) -> tuple[int, int]:
     return counts.size - 1 - i, rank - before
 
 
+def _narrow(values: Values, wants: list[Want], numel: int) -> Generator[Pass[Any, Any], Any, list[_Found | None]]:
+    """Thresholds by a sample and one pass; None for a want whose bracket missed or was too wide."""
+    if numel <= SMALL:
+        collected = yield Collect(values, [Bracket(w, 0, INFINITY) for w in wants])
+        return [_from_collected(w, got) for w, got in zip(wants, collected, strict=True)]
+    samples = yield Sample(values, numel)
+    collect: list[Bracket] = []
+    count: list[Bracket] = []
+    for b in filter(None, (samples[w.stream].bracket(w) for w in wants)):
+        if samples[b.want.stream].share(b) * numel <= MOST_COLLECTED:
+            collect.append(b)
+        elif b.high - b.low < MOST_COUNTED:
+            count.append(b)
+    got: dict[Want, _Found | None] = {}
+    if collect:
+        collected = yield Collect(values, collect)
+        got |= {b.want: _from_collected(b.want, c) for b, c in zip(collect, collected, strict=True)}
+    if count:
+        counted = yield Count(values, count)
+        got |= {b.want: _from_counts(b, *c) for b, c in zip(count, counted, strict=True)}
+    return [got.get(w) for w in wants]
+
+
 def _by_histogram(values: Values, wants: list[Want]) -> Generator[Pass[Any, Any], Any, list[_Found]]:
+    """Thresholds by two passes: the high 16 bits of every magnitude, then the low 15 of those in one bin."""
     high = yield Histogram(values, wants)
-    located = [_bin_of(counts, w.keep) for counts, w in zip(high, wants, strict=True)]
-    low = yield Histogram(values, wants, [b for b, _ in located])
-    out = []
-    for (bin_, rank), counts in zip(located, low, strict=True):
-        at, quota = _bin_of(counts, rank)
-        out.append(_Found((bin_ << LOW_BITS) | at, quota, int(counts[at])))
-    return out
+    located = [_bin_of(counts, w.keep)[0] << LOW_BITS for counts, w in zip(high, wants, strict=True)]
+    brackets = [Bracket(w, a, a + (1 << LOW_BITS) - 1) for w, a in zip(wants, located, strict=True)]
+    counted = yield Count(values, brackets)
+    found = [_from_counts(b, *c) for b, c in zip(brackets, counted, strict=True)]
+    return [f for f in found if f is not None]
 
 
-def _thresholds(
-    values: Values, wants: list[Want], numel: int, sampled: bool
-) -> Generator[Pass[Any, Any], Any, list[_Found]]:
-    found: list[_Found | None] = [None] * len(wants)
-    if sampled:
-        samples = None if numel <= SMALL else (yield Sample(values))
-        chosen = [(i, b) for i, b in enumerate(_brackets(wants, samples, numel)) if b is not None]
-        if chosen:
-            collected = yield Collect(values, [b for _, b in chosen])
-            for (i, b), (above, inside) in zip(chosen, collected, strict=True):
-                found[i] = _from_collected(b.want, above, inside)
+def _thresholds(values: Values, wants: list[Want], numel: int) -> Generator[Pass[Any, Any], Any, list[_Found]]:
+    found = yield from _narrow(values, wants, numel)
     missed = [i for i, f in enumerate(found) if f is None]
     if missed:
         exact = yield from _by_histogram(values, [wants[i] for i in missed])
@@ -184,7 +195,7 @@ class ModelCut:
         return Cut(self.threshold, 0, 0)
 
 
-def _place_ties(threshold: float, quota: int, counts: list[tuple[str, int, Int64]]) -> ModelCut:
+def _place_ties(threshold: float, quota: int, counts: BlockCounts) -> ModelCut:
     """Where keeping entries equal to the threshold stops: tensor, block, and how many of that block."""
     before: set[str] = set()
     left = quota
@@ -201,12 +212,11 @@ def _place_ties(threshold: float, quota: int, counts: list[tuple[str, int, Int64
 
 
 def select_model_wide(
-    wants: list[Want], numel: int, values: Values = piece_tensors, sampled: bool = False
+    wants: list[Want], numel: int, values: Values = piece_tensors
 ) -> Generator[Pass[Any, Any], Any, list[ModelCut]]:
     """Cuts that keep exactly ``want.keep`` of ``numel`` entries over everything the passes see.
 
-    Yields the passes; returns one `ModelCut` per want, in order. ``sampled`` allows the shorter way by a
-    sample, whose memory grows with ``numel``: for single tensors.
+    Yields the passes; returns one `ModelCut` per want, in order.
     """
     cuts = [ModelCut(0.0)] * len(wants)
     open_: list[int] = []
@@ -217,20 +227,24 @@ def select_model_wide(
             open_.append(i)
     if not open_:
         return cuts
-    found = yield from _thresholds(values, [wants[i] for i in open_], numel, sampled)
-    partial: list[tuple[int, _Found]] = []
+    found = yield from _thresholds(values, [wants[i] for i in open_], numel)
+    unplaced: list[tuple[int, _Found]] = []
     for i, one in zip(open_, found, strict=True):
         cuts[i] = ModelCut(float(np.int32(one.threshold).view(np.float32)))
-        if one.threshold and one.quota < one.equal:
-            partial.append((i, one))
-    if partial:
-        counted = yield Ties(values, [wants[i] for i, _ in partial], [one.threshold for _, one in partial])
-        for (i, one), counts in zip(partial, counted, strict=True):
+        if one.threshold == 0 or one.quota == one.equal:
+            continue
+        if one.ties is not None:
+            cuts[i] = _place_ties(cuts[i].threshold, one.quota, one.ties)
+        else:
+            unplaced.append((i, one))
+    if unplaced:
+        counted = yield Ties(values, [wants[i] for i, _ in unplaced], [one.threshold for _, one in unplaced])
+        for (i, one), counts in zip(unplaced, counted, strict=True):
             cuts[i] = _place_ties(cuts[i].threshold, one.quota, counts)
     return cuts
 
 
 def select(call: Call, wants: list[Want], values: Values = piece_tensors) -> Generator[Pass[Any, Any], Any, list[Cut]]:
     """Cuts that keep exactly ``want.keep`` entries of this tensor's streams. See `select_model_wide`."""
-    cuts = yield from select_model_wide(wants, call.numel, values, sampled=True)
+    cuts = yield from select_model_wide(wants, call.numel, values)
     return [c.for_tensor(call.name) for c in cuts]

@@ -14,6 +14,8 @@ from mergekit_lr.statistics import Float64, Gram
 if TYPE_CHECKING:
     from torch import Tensor
 
+ANTIPODAL = 1e-4  # within this angle of -m the direction towards a point is lost in rounding
+
 
 class Karcher(Method):
     r"""Karcher (Frechet) mean on the sphere, tensor by tensor: the m that minimises ``sum_i a(m, u_i)^2``.
@@ -82,8 +84,9 @@ def _mean_on_sphere(gram: Float64, max_iter: int, tol: float) -> Float64:
     for _ in range(max_iter):
         cos = np.clip(gram @ m, -1, 1)
         angle = np.arccos(cos)
-        far = angle >= tol
-        pull = np.where(far, angle / np.where(far, np.sqrt(1 - cos**2), 1), 0) / n
+        sin = np.sqrt(1 - cos**2)
+        pulls = (angle >= tol) & ((cos > 0) | (sin >= ANTIPODAL))
+        pull = np.where(pulls, angle / np.where(pulls, sin, 1), 0) / n
         step = pull - float(pull @ cos) * m
         size = length(step)
         if size < tol:
