@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 import struct
@@ -22,6 +23,7 @@ from mergekit_lr.errors import CheckpointError
 MAX_HEADER = 100_000_000
 MAX_RANK = 16
 MAX_DIMENSION = 1 << 48
+MAX_ELEMENTS = 1 << 56
 MAX_NAME = 512
 MAX_TENSORS = 2_000_000
 
@@ -87,7 +89,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     if not raw.startswith(b"{"):
         raise _bad(path, "the header does not begin with '{'")
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
+        entries = json.loads(raw.decode("utf-8"), **_STRICT)
     except (ValueError, RecursionError) as e:
         raise _bad(path, f"the header is not valid JSON: {e}") from e
     if not isinstance(entries, dict):
@@ -130,6 +132,19 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
+def _integer(text: str) -> int:
+    if text.startswith("-"):  # nothing in a header is negative, and "-0" would pass for 0
+        raise ValueError(f"negative number {text[:40]}")
+    return int(text)
+
+
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": unique_keys,
+    "parse_constant": _no_constant,
+    "parse_int": _integer,
+}
+
+
 def _whole_number(value: Any, most: int) -> bool:
     return type(value) is int and 0 <= value <= most
 
@@ -147,9 +162,9 @@ def _tensor(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
         raise _bad(path, f"tensor {shown} has no shape of at most {MAX_RANK} dimensions")
     if not all(_whole_number(d, MAX_DIMENSION) for d in shape):
         raise _bad(path, f"tensor {shown} has an impossible dimension")
-    nbytes = ITEM_BYTES[dtype]
-    for d in shape:
-        nbytes *= d
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if math.prod(d for d in shape if d) >= MAX_ELEMENTS:  # even beside a zero: readers multiply from the left
+        raise _bad(path, f"tensor {shown} has an impossible shape")
     pair = isinstance(offsets, list) and len(offsets) == 2
     if not pair or not all(_whole_number(o, 1 << 62) for o in offsets):
         raise _bad(path, f"tensor {shown} has no pair of data offsets")

@@ -1,0 +1,321 @@
+"""The header reader against hand-made files and, differentially, against the reference parser."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from mergekit_lr.checkpoint import header as header_module
+from mergekit_lr.checkpoint.dtypes import ITEM_BYTES, torch_dtype
+from mergekit_lr.checkpoint.header import parse_header, read_header
+from mergekit_lr.errors import CheckpointError
+from mergekit_lr.lazy import torch
+
+HERE = Path("fuzzed.safetensors")
+
+
+def blob(header: Any, data: bytes = b"", raw: bytes | None = None) -> bytes:
+    text = raw if raw is not None else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: str = "F32", shape: list[int] | None = None, begin: int = 0, end: int = 4) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [1] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+def ours(data: bytes) -> bool:
+    """Whether the strict reader takes these bytes. Any exception but CheckpointError is a failure."""
+    if len(data) < 8:
+        return False
+    (length,) = struct.unpack("<Q", data[:8])
+    if length < 2 or length > len(data) - 8:
+        return False
+    try:
+        parse_header(data[8 : 8 + length], len(data), HERE)
+    except CheckpointError:
+        return False
+    return True
+
+
+def theirs(data: bytes) -> bool:
+    try:
+        safetensors.deserialize(data)
+    except SafetensorError:
+        return False
+    return True
+
+
+def test_reads_what_the_library_writes(tmp_path: Path) -> None:
+    tensors = {f"t.{c}": torch.zeros(3, 2, dtype=torch_dtype(c)) for c in ITEM_BYTES if c != "F8_E8M0"}
+    tensors |= {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 7)}
+    path = tmp_path / "m.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    header = read_header(path)
+    assert header.metadata == {"format": "pt"}
+    assert header.file_size == path.stat().st_size
+    assert {n: i.shape for n, i in header.tensors.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+    data = path.read_bytes()
+    for name, info in header.tensors.items():
+        assert torch_dtype(info.dtype) == tensors[name].dtype
+        assert info.numel == tensors[name].numel()
+        raw = tensors[name].reshape(-1).view(torch.uint8) if info.numel else torch.empty(0)
+        assert data[info.offset : info.offset + info.nbytes] == bytes(raw.tolist())
+
+
+BAD: dict[str, bytes] = {
+    "empty file": b"",
+    "shorter than its length field": b"\x01\x00",
+    "length past the end": struct.pack("<Q", 1000) + b"{}",
+    "length of 2**64 - 1": b"\xff" * 8 + b"{}",
+    "length zero": struct.pack("<Q", 0) + b"{}",
+    "not JSON": blob(None, raw=b"{nope}"),
+    "a list": blob([]),
+    "leading space": blob(None, raw=b"  {}"),
+    "byte order mark": blob(None, raw=b"\xef\xbb\xbf{}"),
+    "not UTF-8": blob(None, b"\0" * 4, raw=b'{"\xff":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'),
+    "NaN": blob(None, raw=b'{"a":NaN}'),
+    "deep nesting": blob(None, raw=b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+    "5000-digit number": blob(None, raw=b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,0]}}'),
+    "duplicate tensor": blob(None, b"\0" * 4, raw=b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)),
+    "duplicate tensor, escaped": blob(
+        None, b"\0" * 4, raw=b'{"a":%s,"\\u0061":%s}' % ((json.dumps(entry()).encode(),) * 2)
+    ),
+    "duplicate field": blob(
+        None, b"\0" * 4, raw=b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    ),
+    "extra field": blob({"a": {**entry(), "x": 1}}, b"\0" * 4),
+    "missing field": blob({"a": {"dtype": "F32", "shape": [1]}}, b"\0" * 4),
+    "entry is a list": blob({"a": [1]}, b"\0" * 4),
+    "empty name": blob({"": entry()}, b"\0" * 4),
+    "control character in name": blob({"a\nb": entry()}, b"\0" * 4),
+    "NUL in name": blob({"a\0b": entry()}, b"\0" * 4),
+    "lone surrogate in name": blob(None, b"\0" * 4, raw=b'{"\\ud800":%s}' % json.dumps(entry()).encode()),
+    "right-to-left override in name": blob({"a\u202eb": entry()}, b"\0" * 4),
+    "513-byte name": blob({"n" * 513: entry()}, b"\0" * 4),
+    "unknown dtype": blob({"a": entry("F128")}, b"\0" * 4),
+    "sub-byte dtype": blob({"a": entry("F4", [8])}, b"\0" * 4),
+    "dtype a number": blob({"a": entry(7)}, b"\0" * 4),  # type: ignore[arg-type]
+    "dtype a list": blob({"a": entry(["F32"])}, b"\0" * 4),  # type: ignore[arg-type]
+    "wrong size": blob({"a": entry("F32", [2])}, b"\0" * 4),
+    "hole": blob({"a": entry(), "b": entry(begin=8, end=12)}, b"\0" * 12),
+    "hole at the start": blob({"a": entry(begin=4, end=8)}, b"\0" * 8),
+    "overlap": blob({"a": entry(), "b": entry(begin=0, end=4)}, b"\0" * 4),
+    "partial overlap": blob({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, b"\0" * 12),
+    "tail": blob({"a": entry()}, b"\0" * 5),
+    "truncated": blob({"a": entry()}, b"\0" * 3),
+    "negative dimension": blob({"a": entry("F32", [-1])}, b"\0" * 4),
+    "two negative dimensions": blob({"a": entry("F32", [-1, -1])}, b"\0" * 4),
+    "fractional dimension": blob({"a": entry("F32", [1.0])}, b"\0" * 4),  # type: ignore[list-item]
+    "boolean dimension": blob({"a": entry("F32", [True])}, b"\0" * 4),
+    "dimension 2**63": blob({"a": entry("F32", [2**63, 0], 0, 0)}),
+    "dimension 2**49": blob({"a": entry("F32", [2**49, 0], 0, 0)}),
+    "product 2**64 beside a zero": blob({"a": entry("F32", [7, 2**31, 2**31, 0], 0, 0)}),
+    "rank 17": blob({"a": entry("F32", [1] * 17)}, b"\0" * 4),
+    "rank 100000": blob({"a": entry("F32", [1] * 100_000)}, b"\0" * 4),
+    "shape a string": blob({"a": entry("F32", "1")}, b"\0" * 4),  # type: ignore[arg-type]
+    "negative offset": blob({"a": entry(begin=-4, end=0)}, b""),
+    "offsets reversed": blob({"a": entry(begin=4, end=0)}, b"\0" * 4),
+    "three offsets": blob({"a": {**entry(), "data_offsets": [0, 4, 4]}}, b"\0" * 4),
+    "offset 2**80": blob({"a": entry(begin=2**80, end=2**80 + 4)}, b"\0" * 4),
+    "metadata a list": blob({"__metadata__": []}),
+    "metadata null": blob({"__metadata__": None}),
+    "metadata of numbers": blob({"__metadata__": {"a": 1}}),
+    "minus zero": blob(None, b"", raw=b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(BAD[case])
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    message = str(caught.value)
+    assert str(path) in message and len(message) < 800 and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "a//b", "/abs", "..", "C:\\x", "a" * 512, "日本"])
+def test_odd_names_are_only_names(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(blob({name: entry()}, b"\0" * 4))
+    assert list(read_header(path).tensors) == [name]
+
+
+def test_too_many_tensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(header_module, "MAX_TENSORS", 3)
+    path = tmp_path / "m.safetensors"
+    for count, fine in ((3, True), (4, False)):
+        path.write_bytes(blob({f"t{i}": entry("U8", [0], 0, 0) for i in range(count)}))
+        if fine:
+            assert len(read_header(path).tensors) == 3
+        else:
+            with pytest.raises(CheckpointError, match="lists 4 tensors"):
+                read_header(path)
+
+
+def test_header_longer_than_the_cap_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    with path.open("wb") as f:  # sparse: takes no space
+        f.write(struct.pack("<Q", header_module.MAX_HEADER + 1))
+        f.truncate(header_module.MAX_HEADER + 1000)
+    with pytest.raises(CheckpointError, match="header length"):
+        read_header(path)
+
+
+def test_named_pipe_does_not_wait(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    os.mkfifo(path)
+    outcome: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            read_header(path)
+        except CheckpointError as e:
+            outcome.append(e)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive() and "not a regular file" in str(outcome[0])
+
+
+def test_folder_and_missing(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.safetensors"):
+        with pytest.raises(CheckpointError):
+            read_header(path)
+
+
+# --- fuzz: structure-aware, then byte-wise ---------------------------------------------------------------------------
+
+_NAMES = ["a", "b", "model.layers.0.mlp.w", "", "__metadata__", "x\ty", "é", "../x", "a" * 600]
+_DTYPES = [*ITEM_BYTES, "F4", "F6_E2M3", "f32", "", "U128"]
+_NUMBERS = [0, 1, 2, 3, 7, -1, 2**31, 2**48, 2**63, 2**64, 2**80, 1.0, 1e3, True, None, "1"]
+
+
+def _sound(random: random.Random) -> tuple[dict[str, Any], int]:
+    """A well-formed header and the size of its data."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for i in range(random.randrange(5)):
+        dtype = random.choice(list(ITEM_BYTES))
+        shape = [random.randrange(4) for _ in range(random.randrange(4))]
+        size = ITEM_BYTES[dtype]
+        for d in shape:
+            size *= d
+        header[f"t{i}"] = entry(dtype, shape, offset, offset + size)
+        offset += size
+    if random.random() < 0.3:
+        header["__metadata__"] = {"format": "pt"}
+    return header, offset
+
+
+def _spoil(random: random.Random, header: dict[str, Any]) -> None:
+    """One change somewhere in the structure."""
+    names = [n for n in header if isinstance(header[n], dict) and n != "__metadata__"]
+    if not names or random.random() < 0.1:
+        header[random.choice(_NAMES)] = random.choice([entry(), None, {}, [], "x", {"format": 1}])
+        return
+    name = random.choice(names)
+    fields = header[name]
+    match random.randrange(8):
+        case 0:
+            fields["dtype"] = random.choice(_DTYPES)
+        case 1:
+            fields["shape"] = [random.choice(_NUMBERS) for _ in range(random.randrange(20))]
+        case 2:
+            fields["data_offsets"] = [random.choice(_NUMBERS) for _ in range(random.choice([2, 2, 2, 1, 3]))]
+        case 3:
+            fields["data_offsets"] = [
+                o + random.choice([-1, 1, 4]) for o in fields.get("data_offsets", [0, 0]) if type(o) is int
+            ]
+        case 4 if fields:
+            fields.pop(random.choice(list(fields)), None)
+        case 5:
+            fields[random.choice(["x", "dtype", "shape"])] = random.choice(_NUMBERS)
+        case 6:
+            header[random.choice(_NAMES)] = header.pop(name)
+        case _:
+            if isinstance(fields.get("shape"), list):
+                fields["shape"].append(random.choice(_NUMBERS))
+
+
+def _case(random: random.Random) -> bytes:
+    header, size = _sound(random)
+    for _ in range(random.choice([0, 1, 1, 1, 2])):
+        _spoil(random, header)
+    raw = json.dumps(header).encode()
+    raw = raw + b" " * random.choice([0, 0, 1, -len(raw) % 8])
+    if random.random() < 0.3:  # bytes on top of structure
+        spot = bytearray(raw)
+        for _ in range(random.randrange(1, 4)):
+            if spot:
+                spot[random.randrange(len(spot))] = random.choice(b'{}[]",:0123456789-e.\\u \x00\xff')
+        raw = bytes(spot)
+    size = max(0, size + random.choice([0, 0, 0, 0, 1, -1, 8]))
+    data = struct.pack("<Q", max(0, len(raw) + random.choice([0] * 20 + [1, -1, 2**40]))) + raw + b"\0" * size
+    return data[: random.randrange(len(data) + 1)] if random.random() < 0.03 else data
+
+
+def _run(seed: int, cases: int, case: Callable[[random.Random], bytes]) -> tuple[int, int]:
+    source = random.Random(seed)
+    accepted = 0
+    for _ in range(cases):
+        data = case(source)
+        if ours(data):
+            accepted += 1
+            assert theirs(data), f"accepted what the reference parser rejects: {data!r}"
+    return cases, accepted
+
+
+def test_never_accepts_what_the_reference_parser_rejects() -> None:
+    cases, accepted = _run(20261122, 20_000, _case)
+    # The generator must reach both sides, or the test says nothing.
+    assert 0.05 * cases < accepted < 0.95 * cases
+
+
+@pytest.mark.slow
+def test_never_accepts_what_the_reference_parser_rejects_at_length() -> None:
+    _run(7, 1_000_000, _case)
+
+
+def test_accepts_every_sound_header() -> None:
+    source = random.Random(3)
+    for _ in range(2_000):
+        header, size = _sound(source)
+        data = blob(header, b"\0" * size)
+        assert ours(data) and theirs(data)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_raise_one_kind_of_error(data: bytes) -> None:
+    if ours(data):
+        assert theirs(data)
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(_json)
+def test_any_json_raises_one_kind_of_error(value: Any) -> None:
+    data = blob(value)
+    if ours(data):
+        assert theirs(data)
