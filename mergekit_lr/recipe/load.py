@@ -44,7 +44,7 @@ def load_recipe(source: RecipeSource) -> Recipe:
         return source
     if isinstance(source, AbstractMapping):
         return _from_mapping(source)
-    if isinstance(source, str) and "\n" in source:
+    if isinstance(source, str) and ("\n" in source or not source):
         problems = Problems("recipe")
         return _from_text(source, problems, None)
     if not isinstance(source, str | os.PathLike):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,7 +24,8 @@ from mergekit_lr.method import Method, Parameters
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.problems import shown
 
-MAX_SAMPLES = 2_000
+MAX_SAMPLING = 50_000
+"""Rules looked at while a recipe is checked: bounds the time that a hostile one costs."""
 
 
 @dataclass(frozen=True)
@@ -173,16 +175,14 @@ class ParameterTable:
     def samples(self) -> Iterable[tuple[str, float]]:
         """Tensor names and places that between them reach every filter and every value of every gradient."""
         knots = {0.0, 1.0}
-        for rule in self._rules():
+        rules = list(self._rules())
+        for rule in rules:
             if isinstance(rule.value, Gradient):
                 knots.update(i / (len(rule.value.values) - 1) for i in range(len(rule.value.values)))
-        count = 0
-        for name in ("", *self._filters):
-            for t in sorted(knots):
-                count += 1
-                if count > MAX_SAMPLES:  # what is left is checked when the real tensors are resolved
-                    return
-                yield name, t
+        places = sorted(knots)
+        # What is left out here is checked when the real tensors are resolved.
+        most = MAX_SAMPLING // (len(rules) + len(self.models) + 1)
+        yield from islice(((name, t) for name in ("", *self._filters) for t in places), most)
 
     def complete_at(self, tensor_name: str) -> bool:
         """Every required parameter has a value for a tensor of this name."""

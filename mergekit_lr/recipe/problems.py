@@ -30,6 +30,11 @@ def shown(value: object) -> str:
     return text if len(text) <= EXCERPT else text[: EXCERPT - 3] + "..."
 
 
+def printable(text: str) -> str:
+    """``text`` with line breaks and control characters escaped: keys of a recipe may hold any."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``did you mean ...?`` for a misspelt word, or the known words where none is near."""
     names = sorted(known)
@@ -53,7 +58,7 @@ class Problems:
 
     def _line(self, mark: Mark | None, path: str, what: str, fix: str) -> str:
         parts = [self.where(mark), path, what] if path else [self.where(mark), what]
-        return ": ".join(parts) + (f"; {fix}" if fix else "")
+        return printable(": ".join(parts) + (f"; {fix}" if fix else ""))
 
     def add(self, mark: Mark | None, path: str, what: str, fix: str = "") -> None:
         """Note an error: ``file:line:col: path: what; fix``. The hundredth raises RecipeError at once."""

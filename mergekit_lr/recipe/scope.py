@@ -13,6 +13,7 @@ from mergekit_lr.recipe.problems import Problems, nearest
 from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence
 
 RULE_KEYS = ("filter", "value")
+MAX_RULES = 1_000
 
 _ABSENT = object()
 
@@ -80,6 +81,10 @@ class ScopeReader:
     def _rules(self, nodes: list[Node], field: ParameterField, path: str, single: bool) -> Chain:
         """Entries of ``filter`` and ``value``; one that an earlier entry hides is worth a warning."""
         rules: list[Rule] = []
+        if len(nodes) > MAX_RULES:
+            what = f"has {len(nodes)} entries, more than {MAX_RULES:,}"
+            self.problems.add(nodes[MAX_RULES].mark, path, what, "use filters that match more tensors each")
+            return ()
         for i, node in enumerate(nodes):
             assert isinstance(node, Mapping)
             at = path if single else f"{path}[{i}]"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import RecipeError
-from mergekit_lr.method import Base, Method
+from mergekit_lr.method import Method
 from mergekit_lr.recipe.fields import ParameterField, parameter_fields
 from mergekit_lr.recipe.parameters import Scope
-from mergekit_lr.recipe.problems import Mark, Problems, nearest, shown
-from mergekit_lr.recipe.schema import DTYPES, NONFINITE, ModelEntry, Recipe, ordered_inputs
+from mergekit_lr.recipe.problems import Problems, nearest, shown
+from mergekit_lr.recipe.schema import DTYPES, NONFINITE, ModelEntry, Recipe
 from mergekit_lr.recipe.scope import ScopeReader
+from mergekit_lr.recipe.whole import ListedModel, WholeCheck, check_combinations
 from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence
 from mergekit_lr.registry import get_method, method_names
 
@@ -36,19 +36,9 @@ UNSUPPORTED = {
     "tokenizer": "use `tokenizer_source: base` or one of the listed models",
     "chat_template": "remove it; the output keeps the template of the model its tokenizer comes from",
 }
+LAYOUT_KEYS = {"slices", "modules"}
 MODEL_KEYS = ("model", "parameters")
 MAX_SEED = 2**63
-
-
-@dataclass
-class _Model:
-    """An entry of ``models`` while it is read. ``tried``: parameters given to it, rightly or wrongly."""
-
-    reference: ModelReference | None
-    parameters: Scope
-    mark: Mark | None
-    path: str
-    tried: set[str] = field(default_factory=set)
 
 
 def read_recipe(root: Node, problems: Problems, text: str, origin: Path | None) -> Recipe:
@@ -84,8 +74,8 @@ class _Walk:
             "seed": self._seed(),
             "tokenizer_source": self._tokenizer_source(models, base),
         }
-        if self.method is not None:
-            self._check_models(self.method, models, base, tried)
+        if self.method is not None and not LAYOUT_KEYS & set(self.root.entries):
+            WholeCheck(self.problems, self.method, self.entries, self.root.mark).models(models, base, tried)
         self.problems.raise_if_any()
         assert self.method is not None
         entries = tuple(ModelEntry(m.reference, m.parameters) for m in models if m.reference is not None)
@@ -100,7 +90,7 @@ class _Walk:
             **settings,
         }
         recipe = Recipe(**fields)
-        self._check_combinations(recipe)
+        check_combinations(recipe, self.problems, self.entries["merge_method"].value.mark)
         self.problems.raise_if_any()
         return Recipe(**fields, warnings=self.problems.warnings())
 
@@ -202,7 +192,7 @@ class _Walk:
             return None
         return self._reference(entry.value, "base_model")
 
-    def _tokenizer_source(self, models: list[_Model], base: ModelReference | None) -> ModelReference | None:
+    def _tokenizer_source(self, models: list[ListedModel], base: ModelReference | None) -> ModelReference | None:
         """The model meant; None for the model that the config comes from."""
         node = self._scalar("tokenizer_source")
         if node is None or node.value == "base":
@@ -222,7 +212,7 @@ class _Walk:
     def _model_nodes(self) -> list[Node]:
         entry = self.entries.get("models")
         if entry is None:
-            if not any(k in self.root.entries for k in ("slices", "modules")):
+            if not LAYOUT_KEYS & set(self.root.entries):
                 self.problems.add(self.root.mark, "models", "is missing", "list the models to merge under `models:`")
             return []
         if not isinstance(entry.value, Sequence):
@@ -232,11 +222,12 @@ class _Walk:
             self.problems.add(entry.value.mark, "models", "is empty", "list the models to merge")
         return entry.value.items
 
-    def _model(self, node: Node, index: int) -> _Model:
+    def _model(self, node: Node, index: int) -> ListedModel:
         path = f"models[{index}]"
-        blank = _Model(None, {}, node.mark, path)
+        blank = ListedModel(None, {}, node.mark, path)
         if not isinstance(node, Mapping):
             self.problems.add(node.mark, path, "must be a mapping", "write `- model: PATH`")
+            blank.tried = set(self.model_fields)
             return blank
         for key, entry in node.entries.items():
             if key not in MODEL_KEYS:
@@ -276,95 +267,3 @@ class _Walk:
         if SYNONYMS.get(key, key) in ROOT_KEYS:
             return f"{key} is a key of the recipe itself, not a parameter"
         return None
-
-    # The recipe as a whole
-
-    def _check_models(
-        self, method: Method, models: list[_Model], base: ModelReference | None, shared: set[str]
-    ) -> None:
-        self._check_base(method, base)
-        for first, second in _repeats(models):
-            self.problems.warn(second.mark, second.path, f"names the same model as {first.path}")
-        if all(m.reference for m in models) and models and ("base_model" not in self.entries or base):
-            self._check_count(method, models, base)
-        self._check_required(method, models, base, shared)
-
-    def _check_base(self, method: Method, base: ModelReference | None) -> None:
-        if method.base in (Base.REQUIRED, Base.OPERAND) and "base_model" not in self.entries:
-            mark = self.entries["merge_method"].value.mark
-            self.problems.add(
-                mark, "base_model", f"is missing, and {method.name} needs it", "add `base_model: PATH_OR_HUB_ID`"
-            )
-        elif method.base in (Base.REQUIRED, Base.OPERAND) and base is None:
-            node = self.entries["base_model"].value
-            if isinstance(node, Scalar) and node.value is None:
-                self.problems.add(node.mark, "base_model", f"is empty, and {method.name} needs it", "name a model")
-
-    def _check_count(self, method: Method, models: list[_Model], base: ModelReference | None) -> None:
-        entries = tuple(ModelEntry(m.reference) for m in models if m.reference)
-        count = len(ordered_inputs(method, entries, base))
-        least, most = method.min_models, method.max_models
-        if count >= least and (most is None or count <= most):
-            return
-        wanted = f"exactly {least}" if least == most else f"at least {least}" if count < least else f"at most {most}"
-        beside = {Base.OPERAND: ", the base among them", Base.UNUSED: ""}.get(method.base, " beside the base")
-        self.problems.add(
-            self.entries["models"].value.mark,
-            "models",
-            f"{method.name} merges {wanted} model{'' if wanted.endswith(' 1') else 's'}{beside}; here are {count}",
-            "add or remove models" if base is None or count else "list the models to merge with the base",
-        )
-
-    def _check_required(
-        self, method: Method, models: list[_Model], base: ModelReference | None, shared: set[str]
-    ) -> None:
-        mark = self.entries["merge_method"].value.mark
-        for name, info in self.merge_fields.items():
-            if info.required and name not in shared:
-                self.problems.add(
-                    mark, "parameters", f"{name} is missing, and {method.name} needs it", f"add `{name}: VALUE` there"
-                )
-        reference_only = method.base in (Base.REQUIRED, Base.OPTIONAL)
-        for model in models:
-            if reference_only and base is not None and model.reference == base:
-                if model.parameters:
-                    self.problems.warn(model.mark, model.path, "parameters of the base model have no effect")
-                continue
-            for name, info in self.model_fields.items():
-                if info.required and name not in shared and name not in model.tried:
-                    self.problems.add(
-                        model.mark,
-                        model.path,
-                        f"{name} is missing, and {method.name} needs one for each model",
-                        f"add `parameters: {{{name}: VALUE}}` to this model or to the recipe",
-                    )
-        if method.base is Base.UNUSED and base and all(m.reference != base for m in models):
-            self.problems.warn(
-                self.entries["base_model"].value.mark,
-                "base_model",
-                f"is not merged: {method.name} takes only config and tokenizer from it",
-                "list it under `models` to merge it too, as mergekit does by itself",
-            )
-
-    def _check_combinations(self, recipe: Recipe) -> None:
-        """Ask the method about every combination that filters and gradients can reach."""
-        mark = self.entries["merge_method"].value.mark
-        for name, t in recipe.table.samples():
-            if not recipe.table.complete_at(name):
-                continue
-            try:
-                recipe.resolve(name, t)
-            except RecipeError as e:
-                where = f"tensors named like {name!r}: " if name else ""
-                self.problems.add(mark, "parameters", f"{where}{e.what}", e.fix)
-
-
-def _repeats(models: list[_Model]) -> Iterator[tuple[_Model, _Model]]:
-    seen: dict[ModelReference, _Model] = {}
-    for model in models:
-        if model.reference is None:
-            continue
-        if model.reference in seen:
-            yield seen[model.reference], model
-        else:
-            seen[model.reference] = model

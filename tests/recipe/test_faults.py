@@ -1,0 +1,270 @@
+"""Faulty recipes: every fault is found at its line and column, and with it what to do.
+
+In the texts below ``¦`` stands before the place that the message must name; it is not part of the recipe.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from mergekit_lr.errors import RecipeError
+from mergekit_lr.recipe import load_recipe
+
+MARKER = "¦"
+
+
+def split(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without markers, and line and column (from 1) of each marker."""
+    places = []
+    lines = marked.split("\n")
+    for number, line in enumerate(lines, 1):
+        for i, _ in enumerate(line.split(MARKER)[:-1]):
+            places.append((number, len("".join(line.split(MARKER)[: i + 1])) + 1))
+    return marked.replace(MARKER, ""), places
+
+
+def problems_of(text: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(text)
+    return list(caught.value.problems)
+
+
+def test_the_marker_gives_the_place_that_an_editor_shows() -> None:
+    assert split("a: ¦1\n  ¦b: ¦2") == ("a: 1\n  b: 2", [(1, 4), (2, 3), (2, 6)])
+
+
+def ties(models: str = "", rest: str = "", weight: str = "0.5", density: str = "0.5") -> str:
+    return (
+        "merge_method: ties\nbase_model: ./base\nmodels:\n"
+        f"  - model: ./a\n    parameters: {{weight: {weight}, density: {density}}}\n"
+        f"  - model: ./b\n    parameters: {{weight: 0.5}}\n{models}{rest}"
+    )
+
+
+def linear(rest: str = "", entry: str = "{model: ./b, parameters: {weight: 1}}") -> str:
+    return f"merge_method: linear\nmodels:\n  - {{model: ./a, parameters: {{weight: 1}}}}\n  - {entry}\n{rest}"
+
+
+def slerp(parameters: str = "{t: 0.5}") -> str:
+    return f"merge_method: slerp\nbase_model: ./a\nmodels:\n  - model: ./a\n  - model: ./b\nparameters: {parameters}\n"
+
+
+FAULTS = [
+    # misspelt and misplaced keys
+    (ties(rest="¦dtpye: bfloat16\n"), "dtpye: unknown key; did you mean 'dtype'?"),
+    (ties(rest="¦paramters: {lambda: 1}\n"), "did you mean 'parameters'?"),
+    (linear("¦base_modl: ./a\n"), "did you mean 'base_model'?"),
+    (linear("¦outdtype: float16\n"), "did you mean 'out_dtype'?"),
+    (linear("¦tokeniser_source: base\n"), "did you mean 'tokenizer_source'?"),
+    (linear("¦non_finite: warn\n"), "did you mean 'nonfinite'?"),
+    (linear("¦sead: 3\n"), "did you mean 'seed'?"),
+    (linear("¦weights: 3\n"), "unknown key"),
+    (linear("¦colour: red\n"), "known here:"),
+    (linear("¦normalize: true\n"), "it is a parameter of linear: put it under `parameters`"),
+    (linear("¦1: 2\n"), "unknown key"),
+    (linear(entry="{¦modle: ./b, parameters: {weight: 1}}"), "models[1].modle: unknown key; did you mean 'model'?"),
+    (linear(entry="{model: ./b, ¦parametrs: {weight: 1}}"), "models[1].parametrs: unknown key; did you mean"),
+    (linear(entry="{model: ./b, parameters: {weight: 1}, ¦weight: 2}"), "put it under this model's `parameters`"),
+    (linear(entry="{model: ./b, parameters: {¦wieght: 1}}"), "models[1].parameters.wieght: unknown parameter; did you"),
+    (
+        linear(entry="{model: ./b, parameters: {weight: 1, ¦normalize: false}}"),
+        "put it under the recipe's `parameters`",
+    ),
+    (linear("parameters: {¦normalise: true}\n"), "did you mean 'normalize'?"),
+    (linear("parameters: {¦random_seed: 3}\n"), "random_seed is a key of the recipe itself"),
+    (linear("parameters: {¦dtype: float16}\n"), "dtype is a key of the recipe itself"),
+    (linear("parameters: {¦density: 0.5}\n"), "parameters.density: unknown parameter"),
+    (ties("  - {model: ./c, parameters: {weight: 1, ¦densty: 1}}\n"), "models[2].parameters.densty"),
+    (linear("seed: 1\n¦random_seed: 2\n"), "says the same as seed"),
+    # values of the wrong type
+    (ties(weight="¦abc"), "models[0].parameters.weight: 'abc' is not a number; write a number"),
+    (ties(weight="¦true"), "true is not a number"),
+    (
+        ties(weight="¦{a: 1}").replace("{a: 1}", "{value: 1, 2: 3}").replace("¦", "", 1).replace("2:", "¦2:"),
+        "unknown key",
+    ),
+    (ties(weight="¦null"), "has no value; write a number or remove it"),
+    (ties(weight="¦[]"), "is an empty list"),
+    (ties(weight="[0.1, ¦x]"), "models[0].parameters.weight[1]: 'x' is not a number"),
+    (ties(weight="¦[0.1, [0.2]]"), "must be a value, a list of values, or a list of filters"),
+    (ties(weight="[{filter: mlp, value: ¦x}, {value: 1}]"), "weight[0].value: 'x' is not a number"),
+    (ties(weight="[{filter: ¦3, value: 1}, {value: 1}]"), "weight[0].filter: must be text"),
+    (ties(weight="[¦{filter: mlp}, {value: 1}]"), "weight[0]: has no value"),
+    (ties(weight="[{¦filtre: mlp, value: 1}, {value: 1}]"), "did you mean 'filter'?"),
+    (ties(weight="¦[{filter: mlp, value: 1}, 0.5]"), "must be a value, a list of values, or a list of filters"),
+    (ties(rest="parameters: {normalize: ¦maybe}\n"), "'maybe' is not true or false"),
+    (ties(rest="parameters: {normalize: ¦2}\n"), "2 is not true or false"),
+    (ties(rest="parameters: {threshold_scope: ¦layer}\n"), "'layer' is not one of tensor, model"),
+    (ties(rest="parameters: ¦3\n"), "parameters: must be a mapping"),
+    (linear("seed: ¦-1\n"), "-1 is not a seed"),
+    (linear("seed: ¦1.5\n"), "1.5 is not a seed"),
+    (linear("seed: ¦true\n"), "True is not a seed"),
+    (linear("dtype: ¦bf16\n"), "unknown value 'bf16'; did you mean 'bfloat16'?"),
+    (linear("dtype: ¦[float16]\n"), "dtype: must be a single value"),
+    (linear("out_dtype: ¦int8\n"), "out_dtype: unknown value 'int8'"),
+    (linear("nonfinite: ¦ignore\n"), "unknown value 'ignore'"),
+    (linear(entry="¦./b"), "models[1]: must be a mapping; write `- model: PATH`"),
+    (linear(entry="{model: ¦7, parameters: {weight: 1}}"), "models[1].model: must be text"),
+    (linear(entry="{model: ¦[a], parameters: {weight: 1}}"), "models[1].model: must be one line of text"),
+    (linear(entry="{model: ¦'a+b+c', parameters: {weight: 1}}"), "has more than one adapter"),
+    (linear(entry="{model: ¦'org/name@', parameters: {weight: 1}}"), "which is not PATH[@REVISION]"),
+    (linear(entry="¦{parameters: {weight: 1}}"), "models[1]: names no model"),
+    ("merge_method: linear\nmodels: ¦./a\n", "models: must be a list"),
+    ("merge_method: linear\nmodels: ¦[]\n", "models: is empty"),
+    ("merge_method: ¦3\nmodels: [{model: ./a}]\n", "must be the name of a method"),
+    ("merge_method: ¦teis\nmodels: [{model: ./a}]\n", "there is no method 'teis'; did you mean 'ties'?"),
+    ("merge_method: ¦''\nmodels: [{model: ./a}]\n", "must be the name of a method"),
+    ("¦- merge_method: linear\n", "a recipe is a mapping"),
+    # out of range
+    (ties(density="¦1.5"), "density: 1.5 is out of range; it must be at most 1"),
+    (ties(density="¦-0.1"), "density: -0.1 is out of range; it must be at least 0"),
+    (ties(density="[1, ¦2, 1]"), "density[1]: 2 is out of range"),
+    (ties(density="[{filter: mlp, value: [0.5, ¦-1]}, {value: 1}]"), "density[0].value[1]: -1 is out of range"),
+    (ties(weight="¦.nan"), "nan is not a finite number"),
+    (ties(weight="¦1e999"), "inf is not a finite number"),
+    (slerp("{t: ¦.inf}"), "parameters.t: inf is not a finite number"),
+    ("merge_method: karcher\nmodels: [{model: ./a}, {model: ./b}]\nparameters: {max_iter: ¦1.5}\n", "a whole number"),
+    # what is missing, and counts
+    ("¦models: [{model: ./a}]\n", "merge_method: is missing"),
+    ("¦merge_method: linear\n", "models: is missing"),
+    (
+        "merge_method: ¦ties\nmodels: [{model: ./a, parameters: {weight: 1}}]\n",
+        "base_model: is missing, and ties needs",
+    ),
+    ("merge_method: ties\nbase_model: ¦null\nmodels: [{model: ./a, parameters: {weight: 1}}]\n", "is empty, and ties"),
+    (linear(entry="¦{model: ./b}"), "models[1]: weight is missing, and linear needs one for each model"),
+    (slerp("{}").replace("slerp", "¦slerp"), "parameters: t is missing, and slerp needs it"),
+    (
+        slerp()
+        .replace("  - model: ./b", "  - model: ./b\n  - model: ./c")
+        .replace("  - model: ./a", "  ¦- model: ./a"),
+        "3",
+    ),
+    ("merge_method: ties\nbase_model: ./a\nmodels: ¦[{model: ./a}]\n", "at least 1 model beside the base; here are 0"),
+    (linear().replace("linear", "¦linear").replace("weight: 1}", "weight: 0}"), "the weights sum to zero"),
+    (linear().replace("linear", "¦linear").replace("1}", "[1, -1]}", 1), "the weights sum to zero"),
+    # what is not supported
+    (linear("¦chat_template: chatml\n"), "chat_template: is not supported"),
+    (linear("¦tokenizer: {source: union}\n"), "tokenizer: is not supported"),
+    (linear("tokenizer_source: ¦union\n"), "'union' is not supported"),
+    (linear("tokenizer_source: ¦./c\n"), "is neither `base` nor a model of this recipe"),
+    ("merge_method: passthrough\n¦modules: {}\n", "modules: is not supported"),
+]
+
+
+@pytest.mark.parametrize(("marked", "message"), FAULTS, ids=[m for _, m in FAULTS])
+def test_a_fault_is_named_at_its_place(marked: str, message: str) -> None:
+    text, [(line, column)] = split(marked)
+    [problem] = problems_of(text)
+    assert problem.startswith(f"recipe:{line}:{column}: ")
+    assert message in problem
+    assert "\n" not in problem
+
+
+def test_there_are_sixty_faults_and_more() -> None:
+    assert len(FAULTS) >= 60
+    assert all(marked.count(MARKER) == 1 for marked, _ in FAULTS)
+
+
+FIVE = """\
+# five mistakes
+merge_method: ties
+base_model: ./base
+models:
+  - model: ./math
+    parameters:
+      weight: 0.5
+      ¦densty: 0.3
+  - model: ./code
+    parameters:
+      weight: ¦half
+      density: [0.2, ¦1.2]
+¦dytpe: bfloat16
+out_dtype: ¦float17
+"""
+
+
+def test_five_mistakes_are_five_problems_in_the_order_of_the_text() -> None:
+    text, places = split(FIVE)
+    problems = problems_of(text)
+    assert [p.split(": ")[0] for p in problems] == [f"recipe:{line}:{column}" for line, column in places]
+    assert places == [(8, 7), (11, 15), (12, 22), (13, 1), (14, 12)]
+    keys = ["densty", "weight", "density[1]", "dytpe", "out_dtype"]
+    assert all(key in problem for key, problem in zip(keys, problems, strict=True))
+
+
+def test_the_error_itself_is_one_line_that_counts_the_rest() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(split(FIVE)[0])
+    assert str(caught.value) == caught.value.problems[0] + " [and 4 more]"
+    assert caught.value.exit_code == 3
+
+
+def test_a_fault_causes_no_second_problem() -> None:
+    """A misspelt required parameter is not reported as missing too, nor a method's parameters as unknown."""
+    assert len(problems_of(linear(entry="{model: ./b, parameters: {wight: 1}}"))) == 1
+    assert len(problems_of(linear().replace("linear", "lineer"))) == 1
+    assert len(problems_of(ties(weight="x", density="y"))) == 2
+
+
+def test_a_file_is_named_as_it_was_given(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my recipe.yml").write_text(linear("dtype: bf16\n"))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("my recipe.yml")
+    assert caught.value.problems[0].startswith("my recipe.yml:5:8: dtype: ")
+
+
+def test_a_hundred_problems_are_enough() -> None:
+    text = linear("".join(f"key{i}: 1\n" for i in range(5000)))
+    assert len(problems_of(text)) == 100
+
+
+def test_a_dict_gives_paths_without_lines() -> None:
+    source = {
+        "merge_method": "ties",
+        "base_model": "./base",
+        "models": [{"model": "./a", "parameters": {"weight": "x", "densty": 1}}],
+        "dtype": "bf16",
+        7: 1,
+    }
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source)  # type: ignore[arg-type]
+    assert caught.value.problems == ("recipe: 7: a key must be a string, not int",)
+    del source[7]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source)
+    assert sorted(p.split(": ")[1] for p in caught.value.problems) == [
+        "dtype",
+        "models[0].parameters.densty",
+        "models[0].parameters.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "the recipe is empty"),
+        ("\n", "the recipe is empty"),
+        ("# nothing\n", "the recipe is empty"),
+        ("~\n", "a recipe is a mapping"),
+        ("no_such_file.yml", "there is no such recipe"),
+        ("a\0b", "cannot read the recipe"),
+        (".", "cannot read the recipe"),
+        (3, "a recipe cannot be made from int"),
+        (None, "a recipe cannot be made from NoneType"),
+        ({"merge_method": object()}, "merge_method: object has no place in a recipe"),
+    ],
+)
+def test_what_is_no_recipe_at_all(source: object, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_a_dict_that_holds_itself() -> None:
+    source: dict[str, object] = {"merge_method": "linear"}
+    source["models"] = [source]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source)
+    assert "nested deeper than 32 levels" in str(caught.value)
