@@ -36,7 +36,7 @@ def open_model(reference: ModelReference, *, allow_pickle: bool = False, cache: 
         raise
 
 
-def local_folder(place: Place, *, cache: Path | None = None) -> Path:
+def local_path(place: Place, *, cache: Path | None = None) -> Path:
     """The local folder or file that a place stands for, its Hub files fetched if it is a Hub id.
 
     Raises:
