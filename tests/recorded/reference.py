@@ -61,7 +61,8 @@ def linear(x: Inputs) -> Reference:
 def _arc(t: float, a: Tensor, b: Tensor, cosine: Tensor, straight: Tensor) -> Tensor:
     theta = torch.acos(torch.where(straight, 0.0, cosine))
     curved = (torch.sin((1 - t) * theta) * a + torch.sin(t * theta) * b) / torch.sin(theta)
-    return torch.where(straight, (1 - t) * a + t * b, curved)
+    along: Tensor = torch.where(straight, (1 - t) * a + t * b, curved)
+    return along
 
 
 def _unit(x: Tensor, dim: int, floor: float) -> Tensor:
