@@ -203,6 +203,13 @@ class Method(ABC):
         """Passes over this tensor; None where one look is enough. Returns the ``state`` of `merge`."""
         return None
 
+    def coefficients(self, call: Call, state: Any) -> list[float] | None:
+        """c where the merge is nothing but ``sum_i c_i x_i`` with one number for each model; else None.
+
+        The engine then forms the sum itself, in one pass over all inputs, in the space that the method declares.
+        """
+        return None
+
     @abstractmethod
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         """The merged piece, fp32, same shape, in the declared space. Inputs must not be changed."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mergekit_lr.combine import agreeing_sum, majority_sign, sum_in_place
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Slicing, Statistics, parameter
-from mergekit_lr.sparsify import Sparsifier
+from mergekit_lr.sparsify import KeepAll, Sparsifier
 from mergekit_lr.statistics import Float64, Sum
 
 if TYPE_CHECKING:
@@ -146,6 +146,14 @@ class TaskVectorMethod(Method):
         sums = yield Sum(magnitudes, by_row=self.rule.slicing is Slicing.ROWWISE)
         return _State(state, _l1_ratios(sums))
 
+    def coefficients(self, call: Call, state: Any) -> list[float] | None:
+        if self.consensus or not isinstance(self.rule, KeepAll) or state is not None:
+            return None
+        weights = call.values("weight")
+        total = sum(weights)
+        divisor = total if call.merge.normalize and abs(total) >= NO_WEIGHT else 1.0
+        return [w * (call.merge.lam / divisor) for w in weights]
+
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         state = state or _State(None, None)
         weights = call.values("weight")
@@ -171,4 +179,5 @@ class TaskVectorMethod(Method):
 def _l1_ratios(sums: Float64) -> list[float]:
     """``sum |D| / sum |D kept|`` of each model; 1 where either is next to nothing."""
     n = len(sums) // 2
-    return [float(a / b) if min(a, b) >= NO_MASS else 1.0 for a, b in zip(sums[:n], sums[n:], strict=True)]
+    before, after = (s.tolist() for s in (sums[:n], sums[n:]))
+    return [a / b if min(a, b) >= NO_MASS else 1.0 for a, b in zip(before, after, strict=True)]

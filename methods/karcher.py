@@ -52,6 +52,9 @@ class Karcher(Method):
         gram = yield Gram()
         return [float(c) for c in karcher_mean(gram, call.merge.max_iter, call.merge.tol)]
 
+    def coefficients(self, call: Call, state: Any) -> list[float] | None:
+        return None if state is None else list(state)
+
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         return piece.tensors[0].clone() if state is None else weighted_sum(piece.tensors, state)
 

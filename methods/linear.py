@@ -30,14 +30,15 @@ class Linear(Method):
         normalize: bool = parameter(True, description="divide by the sum of weights")
 
     class PerModel(Parameters):
-        weight: float = parameter(description="share of this model")
+        weight: float = parameter(allow_inf_nan=False, description="share of this model")
+
+    def coefficients(self, call: Call, state: Any) -> list[float]:
+        weights = call.values("weight")
+        total = sum(weights) if call.merge.normalize else 1.0
+        return [w / total for w in weights]
 
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
-        weights = call.values("weight")
-        if call.merge.normalize:
-            total = sum(weights)
-            weights = [w / total for w in weights]
-        return weighted_sum(piece.tensors, weights)
+        return weighted_sum(piece.tensors, self.coefficients(call, state))
 
     def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
         if merge.normalize and abs(sum(m.weight for m in models)) < 1e-8:

@@ -58,6 +58,10 @@ class ModelStock(Method):
         gram = yield Gram()
         return float(interpolation_ratio(gram, call.merge.norm_floor))
 
+    def coefficients(self, call: Call, state: Any) -> list[float] | None:
+        n = len(call.models)
+        return None if state is None else [state / n] * n
+
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         n = len(piece.tensors)
         if state is not None:
@@ -73,7 +77,8 @@ def interpolation_ratio(gram: Float64, floor: float) -> Float64:
     i, j = np.tril_indices(n, -1)
     norms = np.sqrt(gram[np.arange(n), np.arange(n)])
     size = np.maximum(norms[i] * norms[j], floor)
-    cos = np.clip(gram[i, j] / np.where(size == 0, 1, size), -1, 1).mean(axis=0)
+    with np.errstate(invalid="ignore"):  # what is not finite becomes NaN and reaches the output
+        cos = np.clip(gram[i, j] / np.where(size == 0, 1, size), -1, 1).mean(axis=0)
     q = 1 + (n - 1) * cos
     degenerate = np.abs(q) < 1e-6
     return np.asarray(np.where(degenerate, 0, n * cos / np.where(degenerate, 1, q)))

@@ -53,6 +53,9 @@ class Multislerp(Method):
         gram = yield Gram()
         return [float(c) for c in mean_direction(gram, _weights(call), call.merge.eps)]
 
+    def coefficients(self, call: Call, state: Any) -> list[float] | None:
+        return None if state is None else list(state)
+
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         return piece.tensors[0].clone() if state is None else weighted_sum(piece.tensors, state)
 
@@ -69,6 +72,8 @@ def _weights(call: Call) -> Float64:
 
 def mean_direction(gram: Float64, weights: Float64, eps: float) -> Float64:
     """Coefficients of the inputs in the result: float64 ``[n]`` from their Gram matrix ``[n, n]``."""
+    if not np.isfinite(gram).all():
+        return np.full(len(gram), math.nan)  # what is not finite must reach the output
     norms = np.sqrt(gram.diagonal())
     m = weights / (norms + eps)
     length = math.sqrt(max(float(m @ gram @ m), 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,6 +69,9 @@ class Nuslerp(Method):
         gram = yield Gram()
         return [float(c) for c in arc(gram, _ratio(call))]
 
+    def coefficients(self, call: Call, state: Any) -> list[float] | None:
+        return None if state is None else list(state)
+
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         if state is not None:
             return weighted_sum(piece.tensors, state)
@@ -76,13 +80,17 @@ class Nuslerp(Method):
             tensors = [x.reshape(shape[0], -1) for x in piece.tensors]
             c0, c1 = (_fp32(c, tensors[0])[None, :] for c in arc(column_products(tensors), _ratio(call)))
         else:
-            tensors = [x.reshape(-1, shape[-1] if shape else 1) for x in piece.tensors]
+            tensors = [x.reshape(_rows_of(shape)) for x in piece.tensors]
             c0, c1 = (_fp32(c, tensors[0])[:, None] for c in arc(row_products(tensors), _ratio(call)))
         return (tensors[0] * c0).add_(tensors[1] * c1).reshape(shape)
 
 
 def _fp32(x: Float64, like: Tensor) -> Tensor:
     return torch.from_numpy(x).to(like.device, torch.float32)
+
+
+def _rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def _ratio(call: Call) -> float:
@@ -100,7 +108,8 @@ def arc(gram: Float64, t: float) -> Float64:
         ``[2, ...]``.
     """
     size = np.maximum(np.sqrt(gram[[0, 1], [0, 1]]), NO_NORM)
-    cos = np.clip(gram[0, 1] / (size[0] * size[1]), -1, 1)
+    with np.errstate(invalid="ignore"):  # what is not finite becomes NaN and reaches the output
+        cos = np.clip(gram[0, 1] / (size[0] * size[1]), -1, 1)
     line = 1 - cos**2 < COLINEAR
     angle = np.where(line, np.pi / 2, np.arccos(cos))
     on_arc = np.stack([np.sin((1 - t) * angle), np.sin(t * angle)]) / np.sin(angle)

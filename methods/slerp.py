@@ -55,5 +55,8 @@ class Slerp(Method):
         angle = math.acos(cos)
         return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
 
+    def coefficients(self, call: Call, state: Any) -> list[float] | None:
+        return list(state)
+
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         return weighted_sum(piece.tensors, state)

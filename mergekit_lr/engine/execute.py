@@ -21,7 +21,16 @@ from mergekit_lr.engine.finite import NonFinite, explain_nonfinite
 from mergekit_lr.engine.journal import Journal
 from mergekit_lr.engine.units import Unit, slicing_of
 from mergekit_lr.errors import NonFiniteError
-from mergekit_lr.graph.nodes import Delta, MergeGraph, Operation, Restore, Sink, Source, operation_of
+from mergekit_lr.graph.nodes import (
+    Delta,
+    MergeGraph,
+    Operation,
+    Restore,
+    Sink,
+    Source,
+    operation_of,
+    sources_of,
+)
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import Call, Method, Pass, Piece
 from mergekit_lr.pieces import Span, drive, fold_all, sample_spans, spans
@@ -46,6 +55,7 @@ class Job:
     journal: Journal
     device: str
     piece: int
+    read: int
     nonfinite: str
     artifacts: dict[str, Any] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
@@ -80,97 +90,116 @@ class Job:
 
 
 class Worker:
-    """One thread's scratch memory and its way through a unit. Buffers are reused from piece to piece."""
+    """One thread's scratch memory and its way through a unit.
+
+    Inputs are read in blocks of some hundred thousand elements into reused buffers, and widened to fp32 piece by
+    piece into one reused matrix: what a method sees stays in the core's own cache.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.on_gpu = job.device != "cpu"
         self._raw: dict[int, Tensor] = {}
-        self._wide: dict[int, Tensor] = {}
+        self._wide: Tensor | None = None
 
     def run(self, unit: Unit) -> None:
         """Do one unit and note it in the journal."""
         sink = self.job.graph.sinks[unit.sink]
         operation = operation_of(sink.value)
-        digests = ChunkDigests()
-        largest = 0.0
+        out = Output(self, sink)
         if operation is None:
             assert isinstance(sink.value, Source)
-            self._copy(sink, sink.value, unit, digests)
+            self._copy(sink.value, unit, out)
         else:
-            largest = self._merge(sink, operation, unit, digests)
-        self._start_writeback(sink, unit)
-        record: dict[str, Any] = {"unit": unit.key(self.job.graph), "chunks": digests.finish()}
+            self._merge(sink, operation, unit, out)
+        out.start_writeback(unit)
+        record: dict[str, Any] = {"unit": unit.key(self.job.graph), "chunks": out.digests.finish()}
         if operation is not None:
-            record["max_abs"] = largest
+            record["max_abs"] = out.largest
         self.job.journal.record(record)
 
-    def _start_writeback(self, sink: Sink, unit: Unit) -> None:
-        place, item = self.job.layout.places[sink.name], ITEM_BYTES[sink.dtype]
-        fd, _ = self.job.shard(place.shard)
-        fs.start_writeback(fd, place.offset + unit.start * item, (unit.stop - unit.start) * item)
-
-    def _copy(self, sink: Sink, source: Source, unit: Unit, digests: ChunkDigests) -> None:
+    def _copy(self, source: Source, unit: Unit, out: Output) -> None:
         checkpoint = self.job.checkpoints[source.model]
-        for start in range(unit.start, unit.stop, self.job.piece):
-            stop = min(unit.stop, start + self.job.piece)
-            raw = checkpoint.read(source.tensor, start, stop, self._buffer(0, stop - start, sink.dtype))
-            self._write(sink, start, raw, digests)
+        for start in range(unit.start, unit.stop, self.job.read) or [0]:
+            stop = min(unit.stop, start + self.job.read)
+            out.write(start, checkpoint.read(source.tensor, start, stop, self._buffer(0, stop - start, out.dtype)))
 
-    def _merge(self, sink: Sink, operation: Operation, unit: Unit, digests: ChunkDigests) -> float:
+    def _merge(self, sink: Sink, operation: Operation, unit: Unit, out: Output) -> None:
         method = get_method(operation.method)
         shared = self.job.artifacts.get(operation.method)
-        looks = Looks(self, method, operation, shared)
-        state = drive(method.statistics(operation.call, shared), looks.run)
-        largest = 0.0
-        out_dtype = torch_dtype(sink.dtype)
-        for span in self._spans_of(sink, unit):
-            piece = self.piece(operation, span)
-            if not method.exposes_nonfinite:
-                self.check_inputs(operation, piece)
-            merged = method.merge(operation.call, piece, state)
-            if isinstance(sink.value, Restore):
-                assert piece.base is not None
-                merged = merged.add_(piece.base)
-            largest = max(largest, self._check(sink, operation, merged))
-            narrow = self._buffer(-1, span.numel, sink.dtype).view(out_dtype)[: span.numel]
-            narrow.copy_(merged.reshape(-1))
-            self._write(sink, span.start, narrow, digests)
-        return largest
+        state = drive(method.statistics(operation.call, shared), Looks(self, method, operation, shared).run)
+        fused = fused_sum(method, operation, sink, state)
+        inside = [
+            s
+            for s in spans(sink.shape, slicing_of(sink), self.job.piece)
+            if unit.start <= s.start and s.stop <= unit.stop
+        ]
+        for block in blocks_of(inside, self.job.read):
+            read = self.read_block(operation, block)
+            narrow = out.buffer(block[-1].stop - block[0].start)
+            for span in block:
+                if fused is not None:
+                    merged = self._fused(fused, read, span)
+                else:
+                    piece = self.piece(operation, span, read)
+                    if not method.exposes_nonfinite:
+                        self.check_inputs(operation, piece)
+                    merged = method.merge(operation.call, piece, state)
+                    if isinstance(sink.value, Restore):
+                        assert piece.base is not None
+                        merged = merged.add_(piece.base)
+                out.largest = max(out.largest, self._check(sink, operation, merged))
+                narrow[span.start - block[0].start : span.stop - block[0].start].copy_(merged.reshape(-1))
+            out.write(block[0].start, narrow)
 
-    def _spans_of(self, sink: Sink, unit: Unit) -> Iterator[Span]:
-        for span in spans(sink.shape, slicing_of(sink), self.job.piece):
-            if unit.start <= span.start and span.stop <= unit.stop:
-                yield span
+    def _fused(self, fused: Fused, read: Block, span: Span) -> Tensor:
+        """``sum_j c_j x_j`` over all sources at once: one matrix-vector product."""
+        wide = self._widen([read.values[s] for s in fused.sources], read, span)
+        if self.on_gpu:
+            return fused.coefficients.to(wide.device) @ wide
+        return torch.mv(wide.t(), fused.coefficients)
 
-    def piece(self, operation: Operation, span: Span) -> Piece:
-        """Read one piece of every input, widen it to fp32, and subtract the base where a delta is asked for."""
+    def read_block(self, operation: Operation, block: list[Span]) -> Block:
+        """Every source of an operation over consecutive spans, as stored, in this worker's buffers."""
         if self.job.stop.is_set():
             raise Stopped
-        base = None if operation.base is None else self._load(operation.base, span, 0)
-        tensors = []
-        for i, value in enumerate(operation.inputs):
-            source = value.value if isinstance(value, Delta) else value
-            x = self._load(source, span, i + 1)
+        start, stop = block[0].start, block[-1].stop
+        values = {}
+        for slot, source in enumerate(sources_of(operation)):
+            checkpoint = self.job.checkpoints[source.model]
+            stored = checkpoint.tensors[source.tensor].dtype
+            raw = checkpoint.read(source.tensor, start, stop, self._buffer(slot, stop - start, stored))
+            values[source] = raw.to(self.job.device) if self.on_gpu else raw
+        return Block(start, values)
+
+    def piece(self, operation: Operation, span: Span, read: Block) -> Piece:
+        """One piece of every input in fp32, the base subtracted where a delta is asked for."""
+        wanted = [i.value if isinstance(i, Delta) else i for i in operation.inputs]
+        if operation.base is not None:
+            wanted.append(operation.base)
+        wide = self._widen([read.values[s] for s in wanted], read, span)
+        tensors = list(wide[: len(operation.inputs)])
+        base = wide[-1] if operation.base is not None else None
+        for x, value in zip(tensors, operation.inputs, strict=True):
             if isinstance(value, Delta):
                 assert base is not None
                 x.sub_(base)
-            tensors.append(x.view(span.shape))
-        return Piece(tensors, None if base is None else base.view(span.shape), span.start)
+        shaped = [x.view(span.shape) for x in tensors]
+        return Piece(shaped, None if base is None else base.view(span.shape), span.start)
 
-    def _load(self, source: Source, span: Span, slot: int) -> Tensor:
-        """fp32 elements of one source, in this worker's scratch."""
-        checkpoint = self.job.checkpoints[source.model]
-        stored = checkpoint.tensors[source.tensor].dtype
-        raw = checkpoint.read(source.tensor, span.start, span.stop, self._buffer(slot, span.numel, stored))
+    def _widen(self, values: list[Tensor], read: Block, span: Span) -> Tensor:
+        """The same part of several inputs as fp32 ``[inputs, elements]``, in this worker's scratch."""
+        a, b = span.start - read.start, span.stop - read.start
         if self.on_gpu:
-            return raw.to(self.job.device).to(torch.float32)
-        if raw.dtype is torch.float32:
-            return raw
-        wide = self._wide.get(slot)
-        if wide is None or wide.numel() < span.numel:
-            wide = self._wide[slot] = torch.empty(span.numel, dtype=torch.float32)
-        return wide[: span.numel].copy_(raw)
+            return torch.stack([v[a:b].to(torch.float32) for v in values])
+        room = self._wide
+        if room is None or room.shape[0] < len(values) or room.shape[1] < span.numel:
+            shape = (len(values), max(span.numel, self.job.piece))
+            room = self._wide = torch.empty(shape, dtype=torch.float32)
+        wide = room[: len(values), : span.numel]
+        for row, value in zip(wide, values, strict=True):
+            row.copy_(value[a:b])
+        return wide
 
     def _buffer(self, slot: int, elements: int, dtype: str) -> Tensor:
         nbytes = elements * ITEM_BYTES[dtype]
@@ -205,14 +234,85 @@ class Worker:
             return
         raise NonFiniteError(found.what, where=found.where, why=found.why, fix=found.fix)
 
-    def _write(self, sink: Sink, start: int, narrow: Tensor, digests: ChunkDigests) -> None:
-        place = self.job.layout.places[sink.name]
-        fd, path = self.job.shard(place.shard)
+
+@dataclass
+class Block:
+    """Consecutive elements of every source, flat and as stored; ``start`` is the first one's index."""
+
+    start: int
+    values: dict[Source, Tensor]
+
+
+@dataclass
+class Output:
+    """The way of one unit's results to disk: narrowed, written, digested."""
+
+    worker: Worker
+    sink: Sink
+    digests: ChunkDigests = field(default_factory=ChunkDigests)
+    largest: float = 0.0
+
+    @property
+    def dtype(self) -> str:
+        return self.sink.dtype
+
+    def buffer(self, elements: int) -> Tensor:
+        """Room for output elements, in the output's dtype."""
+        return self.worker._buffer(-1, elements, self.dtype).view(torch_dtype(self.dtype))[:elements]
+
+    def write(self, start: int, narrow: Tensor) -> None:
+        job, place = self.worker.job, self.worker.job.layout.places[self.sink.name]
+        fd, path = job.shard(place.shard)
         data = narrow.view(torch.uint8).numpy().data
-        fs.pwrite(fd, data, place.offset + start * ITEM_BYTES[sink.dtype], path)
-        digests.update(data)
-        inputs = 1 if operation_of(sink.value) is None else len(self.job.checkpoints)
-        self.job.advance(len(data) * (1 + inputs))
+        fs.pwrite(fd, data, place.offset + start * ITEM_BYTES[self.dtype], path)
+        self.digests.update(data)
+        inputs = 1 if operation_of(self.sink.value) is None else len(job.checkpoints)
+        job.advance(len(data) * (1 + inputs))
+
+    def start_writeback(self, unit: Unit) -> None:
+        place, item = self.worker.job.layout.places[self.sink.name], ITEM_BYTES[self.dtype]
+        fd, _ = self.worker.job.shard(place.shard)
+        fs.start_writeback(fd, place.offset + unit.start * item, (unit.stop - unit.start) * item)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A merge that is one linear combination of its sources' weights."""
+
+    sources: tuple[Source, ...]
+    coefficients: Tensor
+
+
+def fused_sum(method: Method, operation: Operation, sink: Sink, state: Any) -> Fused | None:
+    """The merge as ``sum_j c_j W_j``, where the method is one and the output is narrower than fp32.
+
+    On deltas, ``base + sum_i c_i (W_i - base) = (1 - sum_i c_i) base + sum_i c_i W_i``. In fp32 the two differ by
+    roundings of 2^-24, which a 16-bit output does not show; an fp32 output gets the literal form.
+    """
+    if ITEM_BYTES[sink.dtype] > 2:
+        return None
+    c = method.coefficients(operation.call, state)
+    if c is None:
+        return None
+    total: dict[Source, float] = {}
+    for value, ci in zip(operation.inputs, c, strict=True):
+        source = value.value if isinstance(value, Delta) else value
+        total[source] = total.get(source, 0.0) + ci
+    if isinstance(sink.value, Restore):
+        total[sink.value.base] = total.get(sink.value.base, 0.0) + 1.0 - math.fsum(c)
+    return Fused(tuple(total), torch.tensor(list(total.values()), dtype=torch.float64).float())
+
+
+def blocks_of(inside: list[Span], most: int) -> Iterator[list[Span]]:
+    """Consecutive spans together, up to ``most`` elements."""
+    block: list[Span] = []
+    for span in inside:
+        if block and span.stop - block[0].start > most:
+            yield block
+            block = []
+        block.append(span)
+    if block:
+        yield block
 
 
 @dataclass
@@ -227,11 +327,18 @@ class Looks:
     def pieces(self, wanted: Pass[Any, Any]) -> Iterator[tuple[Call, Piece]]:
         call = self.operation.call
         slicing = self.method.slicing(call.merge)
-        cut = sample_spans(call.shape, wanted.sample) if wanted.sample else None
-        for span in cut or spans(call.shape, slicing, self.worker.job.piece):
-            piece = self.worker.piece(self.operation, span)
-            self.worker.check_inputs(self.operation, piece)
-            yield call, piece
+        if wanted.sample:
+            blocks = iter([[s] for s in sample_spans(call.shape, wanted.sample)])
+        else:
+            job = self.worker.job
+            blocks = blocks_of(spans(call.shape, slicing, job.piece), job.read)
+        for block in blocks:
+            read = self.worker.read_block(self.operation, block)
+            for span in block:
+                piece = self.worker.piece(self.operation, span, read)
+                if not self.method.exposes_nonfinite:
+                    self.worker.check_inputs(self.operation, piece)
+                yield call, piece
 
     def run(self, wanted: Pass[Any, Any]) -> Any:
         return fold_all(wanted, self.pieces(wanted))

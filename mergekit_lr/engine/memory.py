@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mergekit_lr.errors import ResourceError
@@ -11,7 +12,8 @@ from mergekit_lr.graph.nodes import MergeGraph, Sink, operation_of, sources_of
 from mergekit_lr.method import GRID, Slicing
 from mergekit_lr.pieces import element_count
 
-PIECE = 1 << 18  # elements: a working set that stays near the cores' caches
+PIECE = GRID  # elements that a method sees at once: every tensor of a piece stays in a core's own cache
+READ = 1 << 19  # elements read and written by one system call
 DEVICE_PIECE = 1 << 23  # on a GPU pieces are large enough to fill it
 TEMPORARIES = 6  # fp32 tensors of a piece's size that a method may hold beside its inputs
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's mallopt parameters
@@ -19,30 +21,21 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's mallopt parameters
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes for tensor data over all workers, the workers, and the elements of a piece that follow from it."""
+    """Bytes for tensor data over all workers, and what follows: workers, elements of a piece and of a read."""
 
     limit: int
     threads: int
     piece: int
-
-    def peak(self, graph: MergeGraph, slicing: dict[int, Slicing]) -> int:
-        """Bytes that the workers hold at most: their pieces, or the largest tensor that cannot be cut."""
-        cost = max((piece_cost(s) for s in graph.sinks), default=0)
-        uncut = max((uncut_bytes(graph.sinks[i]) for i, how in slicing.items() if how is Slicing.NONE), default=0)
-        return max(self.threads * self.piece * cost, uncut)
+    read: int
+    peak: int
 
 
-def piece_cost(sink: Sink) -> int:
-    """Bytes per element of one piece in work: each input raw and in fp32, temporaries, the output."""
+def worker_bytes(sink: Sink, piece: int, read: int) -> int:
+    """What one worker holds for pieces of ``sink``: inputs as read, inputs in fp32, temporaries, the output."""
     operation = operation_of(sink.value)
-    if operation is None:
-        return 8
     inputs = len(sources_of(sink.value))
-    return inputs * 8 + (len(operation.inputs) + TEMPORARIES) * 4 + 8
-
-
-def uncut_bytes(sink: Sink) -> int:
-    return element_count(sink.shape) * piece_cost(sink)
+    widened = 0 if operation is None else (inputs + len(operation.inputs) + TEMPORARIES) * 4 * piece
+    return (inputs * 4 + 4) * read + widened
 
 
 def default_limit() -> int:
@@ -55,33 +48,46 @@ def default_limit() -> int:
 
 
 def make_budget(
-    graph: MergeGraph, slicing: dict[int, Slicing], limit: int | None, threads: int | None, device: str
+    graph: MergeGraph, slicing: Mapping[int, Slicing], limit: int | None, threads: int | None, device: str
 ) -> Budget:
-    """Choose workers and piece size so that a run keeps to ``limit`` bytes.
+    """Choose workers, piece and read sizes so that a run keeps to ``limit`` bytes.
 
     Raises:
-        ResourceError: a tensor that its method cannot cut does not fit; the message says what would.
+        ResourceError: a tensor or a row that its method cannot cut does not fit; the message says what would.
     """
     limit = limit or default_limit()
-    largest = DEVICE_PIECE if device != "cpu" else PIECE
-    cost = max((piece_cost(s) for s in graph.sinks), default=8)
+    piece = DEVICE_PIECE if device != "cpu" else PIECE
+    read = max(piece, READ)
     workers = threads or available_cpus()
-    while workers > 1 and workers * GRID * cost > limit:
+    heaviest = max(graph.sinks, key=lambda s: worker_bytes(s, 1, 1))
+
+    def peak() -> int:
+        usual = worker_bytes(heaviest, piece, read)
+        return workers * max([usual, *(worker_bytes(graph.sinks[i], n, n) for i, n in whole)])
+
+    whole = [(i, uncut) for i, how in slicing.items() if (uncut := _uncut(graph.sinks[i], how)) > piece]
+    while peak() > limit and read > piece:
+        read = max(piece, read // 2)
+    while peak() > limit and piece > GRID:
+        piece = read = max(GRID, piece // 2)
+    while peak() > limit and workers > 1:
         workers -= 1
-    piece = min(largest, limit // (workers * cost) // GRID * GRID)
-    uncut = [(uncut_bytes(graph.sinks[i]), i) for i, how in slicing.items() if how is Slicing.NONE]
-    needed, at = max(uncut, default=(0, -1))
-    if piece < GRID:
-        needed, at = GRID * cost, -1
-    if needed > limit or piece < GRID:
-        name = graph.sinks[at].name if at >= 0 else "the smallest piece"
+    if peak() > limit:
+        at = max(whole, key=lambda w: worker_bytes(graph.sinks[w[0]], w[1], w[1]), default=None)
         raise ResourceError(
-            f"{name!r} needs {needed / 2**20:.0f} MiB",
+            f"{graph.sinks[at[0]].name!r} must be held whole" if at else "the smallest pieces do not fit",
             where="memory budget",
-            why=f"{limit / 2**20:.0f} MiB are allowed",
-            fix=f"allow at least --max-memory {-(-needed // 2**20)}MiB",
+            why=f"{peak() / 2**20:.0f} MiB are needed and {limit / 2**20:.0f} MiB allowed",
+            fix=f"allow at least --max-memory {-(-peak() // 2**20)}MiB",
         )
-    return Budget(limit, workers, piece)
+    return Budget(limit, workers, piece, read, peak())
+
+
+def _uncut(sink: Sink, how: Slicing) -> int:
+    """Elements that cannot be cut further: of the tensor, of a row, or of nothing."""
+    if how is Slicing.NONE:
+        return element_count(sink.shape)
+    return sink.shape[-1] if how is Slicing.ROWWISE and sink.shape else 0
 
 
 def available_cpus() -> int:

@@ -54,11 +54,6 @@ class Plan:
     def parameters(self) -> int:
         return sum(element_count(s.shape) for s in self.graph.sinks)
 
-    @property
-    def peak_memory(self) -> int:
-        slicing = {i: slicing_of(s) for i, s in enumerate(self.graph.sinks)}
-        return self.budget.peak(self.graph, slicing)
-
     def fingerprint(self) -> dict[str, Any]:
         """What decides the output's bytes. A run is resumed only under the same fingerprint."""
         from mergekit_lr import __version__
@@ -90,7 +85,7 @@ class Plan:
             "threads": self.budget.threads,
             "piece_elements": self.budget.piece,
             "memory_limit": self.budget.limit,
-            "peak_memory": self.peak_memory,
+            "peak_memory": self.budget.peak,
             "device": self.device,
             "dtypes": sorted({s.dtype for s in self.graph.sinks}),
             "files": sorted(self.files),

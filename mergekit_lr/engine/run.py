@@ -122,6 +122,7 @@ def _job(plan: Plan, space: Workspace) -> Job:
         journal=space.journal(),
         device=plan.device,
         piece=plan.budget.piece,
+        read=plan.budget.read,
         nonfinite=plan.recipe.nonfinite,
     )
 
@@ -291,7 +292,7 @@ def _report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[str,
             "device": plan.device,
             "threads": plan.budget.threads,
             "seconds": round(seconds, 3),
-            "planned_peak_bytes": plan.peak_memory,
+            "planned_peak_bytes": plan.budget.peak,
             "process_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
     }
