@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from traceback import print_exception
 from types import TracebackType
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -79,7 +80,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit from None
         except MergekitLrError as e:
             if os.environ.get(DEBUG):
-                raise
+                print_exception(e)
             for line in getattr(e, "problems", None) or (str(e),):
                 say(f"error: {line}")
             raise typer.Exit(e.exit_code) from None
@@ -219,24 +220,22 @@ def verify(
     report = mergekit_lr.verify(out)
     if as_json:
         print_json(report.to_dict())
+    else:
+        print("\n".join(report.summary_lines()))
     if report.problems:
-        error = VerificationError(f"{out}: verification failed")
-        for line in report.problems:
-            say(f"error: {line}")
-        raise typer.Exit(error.exit_code)
-    if not as_json:
-        print(f"{out}: ok")
+        raise VerificationError("verification failed", where=str(out), why=f"{len(report.problems)} found")
 
 
 @command
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, file or Hub id.", show_default=False)],
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
     """Say what a model holds: tensors, dtypes, layers. Reads headers only."""
     import mergekit_lr
 
-    found = mergekit_lr.inspect(model)
+    found = mergekit_lr.inspect(model, allow_pickle=allow_pickle)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -249,7 +248,7 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the merge methods, or describe one with its parameters."""
-    from mergekit_lr.cli_methods import method_lines, table_lines
+    from mergekit_lr.cli_text import method_lines, table_lines
     from mergekit_lr.recipe.catalogue import methods as describe
 
     found = describe(name)
@@ -269,26 +268,35 @@ def schema() -> None:
 
 @command
 def eval(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model.", show_default=False)],
     more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE...", help="Text to measure on; several may follow.", show_default=False),
     ] = None,
+    device: Device = "auto",
+    context: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens seen at once. [default: the model's, at most 1024]")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens measured of each text. [default: all]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model's held-out loss on text files."""
     import mergekit_lr
+    from mergekit_lr.cli_text import loss_lines
+    from mergekit_lr.engine.plan import choose_device
 
-    files = [*(text or []), *(more or [])]
     if not text:
         raise UsageError("there is no text to measure on", fix="add --text FILE")
-    result = mergekit_lr.evaluate(model, files)
+    result = mergekit_lr.evaluate(
+        model, [*text, *(more or [])], device=choose_device(device), context=context, max_tokens=max_tokens
+    )
     if as_json:
         print_json(result)
     else:
-        for file, loss in result.items():
-            print(f"{file}: {loss}")
+        print("\n".join(loss_lines(result)))
 
 
 def report_bug(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -58,6 +58,11 @@ def load_recipe(source: RecipeSource) -> Recipe:
     return _from_text(text, problems, path)
 
 
+def check(recipe: RecipeSource) -> Recipe:
+    """`load_recipe` under the name of the command: the recipe alone is checked, no model is opened."""
+    return load_recipe(recipe)
+
+
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The ``methods`` command in words."""
+"""Results of commands as lines of plain text."""
 
 from __future__ import annotations
 
@@ -49,3 +49,20 @@ def _parameter_lines(parameter: dict[str, Any]) -> list[str]:
     facts.append("required" if parameter["required"] else f"default {shown}")
     meaning = textwrap.wrap(parameter["description"], WIDTH - 6)
     return [f"  {parameter['name']}: {', '.join(facts)}", *(f"      {line}" for line in meaning)]
+
+
+def loss_lines(result: dict[str, Any]) -> list[str]:
+    """A row for each text: nats per token, nats per byte, perplexity, tokens."""
+    rows = [("text", "nats/token", "nats/byte", "perplexity", "tokens")]
+    for name, found in result["files"].items():
+        numbers = (f"{found['loss']:.4f}", f"{found['loss_per_byte']:.4f}", f"{found['perplexity']:.2f}")
+        rows.append((name, *numbers, f"{found['tokens']:,}"))
+    if len(rows) > 2:
+        rows.append(("mean", f"{result['mean']:.4f}", "", "", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return [_row(row, widths) for row in rows]
+
+
+def _row(row: tuple[str, ...], widths: Sequence[int]) -> str:
+    numbers = "  ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+    return f"{row[0].ljust(widths[0])}  {numbers}".rstrip()

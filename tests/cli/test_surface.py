@@ -1,0 +1,61 @@
+"""The command line as users and scripts rely on it. A change here is a change for them: say so in the changelog."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from typer.main import get_command
+
+import mergekit_lr
+from mergekit_lr.cli import app
+
+SURFACE = {
+    "": ["--debug", "--version"],
+    "merge": [
+        *("RECIPE", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
+        *("--overwrite", "--allow-pickle", "--json", "--quiet -q"),
+    ],
+    "plan": ["RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--json"],
+    "check": ["RECIPE", "--json"],
+    "verify": ["OUT", "--json"],
+    "inspect": ["MODEL", "--allow-pickle", "--json"],
+    "methods": ["NAME", "--json"],
+    "schema": [],
+    "eval": ["MODEL", "FILE", "--text", "--device", "--context", "--max-tokens", "--json"],
+}
+
+
+def names(command: object) -> list[str]:
+    found = []
+    for p in command.params:  # type: ignore[attr-defined]
+        if p.param_type_name == "argument":
+            found.append(str(p.metavar))
+        else:
+            found.append("/".join(filter(None, (" ".join(p.opts), " ".join(p.secondary_opts)))))
+    return found
+
+
+def test_commands_and_options_are_frozen() -> None:
+    group = get_command(app)
+    found = {"": names(group)} | {n: names(c) for n, c in group.commands.items()}  # type: ignore[attr-defined]
+    assert found == SURFACE
+
+
+@pytest.mark.parametrize("command", ["merge", "plan"])
+def test_the_function_of_a_command_takes_its_options(command: str) -> None:
+    """``--max-memory`` is ``max_memory=``; ``--json`` and ``--quiet`` are about printing."""
+    function = getattr(mergekit_lr, command)
+    options = {n.split("/")[0].split()[0].lstrip("-").lower().replace("-", "_") for n in SURFACE[command]}
+    assert set(inspect.signature(function).parameters) - {"progress"} == options - {"json", "quiet"}
+
+
+def test_defaults_are_those_of_the_functions() -> None:
+    group = get_command(app)
+    for command in ("merge", "plan"):
+        signature = inspect.signature(getattr(mergekit_lr, command))
+        for p in group.commands[command].params:  # type: ignore[attr-defined]
+            if p.param_type_name == "option" and p.name in signature.parameters:
+                default = signature.parameters[p.name].default
+                same = default == p.default or (p.name == "shard_size" and str(p.default) == "5GB")
+                assert same, (command, p.name, p.default, default)
