@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,7 @@ def apply(
     name: str = "tensor",
     seed: int = 0,
     most: int | None = None,
+    keys: Sequence[str] | None = None,
 ) -> Tensor:
     """Merge tensors in memory: what the engine does to one tensor, without files.
 
@@ -103,6 +104,7 @@ def apply(
         merge: the method's `Merge` parameters, by the names that recipes use.
         models: its `PerModel` parameters, one mapping for each tensor.
         most: cut into pieces of about this many elements; None leaves the tensor whole.
+        keys: names of the models for the random generator.
 
     Returns:
         the merged weights, fp32.
@@ -118,7 +120,7 @@ def apply(
         models=per_model,
         has_base=base is not None,
         seed=seed,
-        keys=tuple(f"model {i}" for i in range(len(tensors))),
+        keys=tuple(keys or (f"model {i}" for i in range(len(tensors)))),
     )
     delta = method.space(base is not None) is Space.DELTA
     flat = [t.detach().to(torch.float32).reshape(-1) for t in tensors]

@@ -48,7 +48,7 @@ def _rows(x: Tensor) -> list[Tensor]:
     """``[r, c]`` as blocks of every row: ``[r, c // BLOCK, BLOCK]`` and the rest ``[r, 1, c % BLOCK]``."""
     r, c = x.shape
     edge = c // BLOCK * BLOCK
-    parts = [x[:, :edge].reshape(r, -1, BLOCK), x[:, edge:].reshape(r, 1, c - edge)]
+    parts = [x[:, :edge].reshape(r, edge // BLOCK, BLOCK), x[:, edge:].reshape(r, 1, c - edge)]
     return [p for p in parts if p.numel()]
 
 
@@ -146,6 +146,13 @@ def block_products(values: list[Tensor]) -> Float64:
     )
 
 
+def block_squares(values: list[Tensor]) -> Float64:
+    """Sum of squares of each tensor over each block: float64 ``[n, blocks]``."""
+    if not values[0].numel():
+        return np.zeros((len(values), 0))
+    return np.stack([np.concatenate([_dot(b, b) for b in _flat_blocks(v)]) for v in values])
+
+
 class _Blocked(Pass["list[Float64]", Any]):
     """Collects arrays ``[sums, blocks]``, one for each piece, in order."""
 
@@ -189,6 +196,22 @@ class Sum(_Blocked):
     def map(self, call: Call, piece: Piece) -> list[Float64]:
         values = self.values(call, piece)
         return [row_sums(values) if self.by_row else block_sums(values)]
+
+    def finish(self, total: list[Float64]) -> Float64:
+        return np.array([exact_sum(row) for row in np.concatenate(total, axis=1)])
+
+
+@dataclass
+class SquareSum(_Blocked):
+    """Sum of squares over the whole tensor of each value that ``values`` gives: float64 ``[n]``.
+
+    For elementwise pieces.
+    """
+
+    values: Values = piece_tensors
+
+    def map(self, call: Call, piece: Piece) -> list[Float64]:
+        return [block_squares(self.values(call, piece))]
 
     def finish(self, total: list[Float64]) -> Float64:
         return np.array([exact_sum(row) for row in np.concatenate(total, axis=1)])

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 class Passthrough(Method):
     r"""One model's tensors as they are, or times ``scale``: ``scale * W``.
 
-    For stacks of layers taken from several models by ``slices`` (each slice has one source), as in depth
-    up-scaling. Elementwise in fp32, any shape; without ``scale`` the values are not touched.
+    Takes exactly one model: to copy it, to change its dtype or tokenizer, or to scale chosen tensors by a
+    filter. Elementwise in fp32, any shape; without ``scale`` the values are not touched.
 
-    Source: Kim et al., "SOLAR 10.7B: Scaling large language models with simple yet effective depth
-    up-scaling", NAACL 2024, arXiv:2312.15166.
+    Source: layers taken over unchanged are the building block of depth up-scaling: Kim et al., "SOLAR 10.7B:
+    Scaling large language models with simple yet effective depth up-scaling", NAACL 2024, arXiv:2312.15166.
     """
 
     name = "passthrough"

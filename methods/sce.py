@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lr.combine import agreeing_sum, majority_sign
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Source, Statistics, parameter
 from mergekit_lr.selection import Cut, Want, count_to_keep, select
-from mergekit_lr.statistics import CountNonzero, Sum
+from mergekit_lr.statistics import CountNonzero, SquareSum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,10 +81,10 @@ class Sce(Method):
     def _passes(self, call: Call) -> Statistics:
         cut = None if call.merge.select_topk >= 1 else (yield from self._select(call))
 
-        def squares(call: Call, piece: Piece) -> list[Tensor]:
-            return [x.square_() for x in _kept(piece, cut)]
+        def kept(call: Call, piece: Piece) -> list[Tensor]:
+            return _kept(piece, cut)
 
-        sums = yield Sum(squares)
+        sums = yield SquareSum(kept)
         means = sums / max(call.numel, 1)
         total = float(means.sum())
         n = len(means)
