@@ -22,46 +22,16 @@ from mergekit_lr.errors import CheckpointError, join_problems
 
 # Settings that do not change W + scale * B A: what was targeted (the tensors themselves say), training-time
 # settings, notes.
-_NEUTRAL = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "eva_config",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "modules_to_save",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "loftq_config",
-    ]
-)
-_USED = frozenset(
-    [
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "use_dora",
-        "fan_in_fan_out",
-        "rank_pattern",
-        "alpha_pattern",
-        "bias",
-        "lora_bias",
-        "init_lora_weights",
-        "ensure_weight_tying",
-    ]
-)
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
+    "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules", "task_type",
+}  # fmt: skip
+_USED = {
+    "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias",
+    "peft_type", "r", "rank_pattern", "use_dora", "use_rslora",
+}  # fmt: skip
 # Initialisations that leave the base weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a
 # part of W into the adapter, so that W + scale * B A is not the trained model unless the adapter was converted.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")

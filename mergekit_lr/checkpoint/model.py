@@ -6,10 +6,11 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header, unique_keys
@@ -131,6 +132,9 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+AnyCheckpoint = TypeVar("AnyCheckpoint", bound=Checkpoint)
 
 
 def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
@@ -255,14 +259,30 @@ def _assemble(
     paths: dict[str, Path],
     chosen: dict[str, set[str] | None],
 ) -> Checkpoint:
-    tensors: dict[str, TensorInfo] = {}
-    files: dict[str, Path] = {}
-    stamps: list[Stamp] = []
-    warnings: list[str] = []
+    parts = []
     for shard in sorted(paths):
-        path, wanted = paths[shard], chosen[shard]
-        header = read_header(path)
-        stamps.append(_stamp(path, header))
+        header = read_header(paths[shard])
+        parts.append(Part(paths[shard], header, _stamp(paths[shard], header), chosen[shard]))
+    return assemble(Checkpoint(reference, folder, config, {}, {}, ()), parts)
+
+
+class Part(NamedTuple):
+    """One file of a model: where it is, its header, its identity, and the names that the index places in it."""
+
+    path: Path
+    header: Header
+    stamp: Stamp
+    wanted: set[str] | None
+
+
+def assemble(checkpoint: AnyCheckpoint, parts: Iterable[Part]) -> AnyCheckpoint:
+    """Fill an empty checkpoint with the tensors of its files.
+
+    Raises:
+        CheckpointError: a file lacks a tensor that the index places in it, or two files hold the same one.
+    """
+    for path, header, stamp, wanted in parts:
+        checkpoint.stamps = (*checkpoint.stamps, stamp)
         absent = sorted((wanted or set()) - set(header.tensors))
         if absent:
             raise CheckpointError(
@@ -273,19 +293,19 @@ def _assemble(
             )
         extra = set(header.tensors) - wanted if wanted is not None else set()
         if extra:
-            warnings.append(f"{path.name}: {len(extra)} tensors that the index does not list are ignored")
+            checkpoint.warnings.append(f"{path.name}: {len(extra)} tensors that the index does not list are ignored")
         for name, info in header.tensors.items():
             if name in extra:
                 continue
-            if name in tensors:
+            if name in checkpoint.tensors:
                 raise CheckpointError(
                     f"tensor {name!r} is in two files",
-                    where=str(folder or path),
-                    why=f"{files[name].name} and {path.name}, and no index says which one counts",
+                    where=str(checkpoint.folder or path),
+                    why=f"{checkpoint.files[name].name} and {path.name}, and no index says which one counts",
                     fix="remove the stray file",
                 )
-            tensors[name], files[name] = info, path
-    return Checkpoint(reference, folder, config, tensors, files, tuple(stamps), warnings)
+            checkpoint.tensors[name], checkpoint.files[name] = info, path
+    return checkpoint
 
 
 def _stamp(path: Path, header: Header) -> Stamp:

@@ -17,16 +17,24 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def open_model(reference: ModelReference, *, allow_pickle: bool = False, cache: Path | None = None) -> Checkpoint:
+def open_model(
+    reference: ModelReference, *, allow_pickle: bool = False, cache: Path | None = None, headers_only: bool = False
+) -> Checkpoint:
     """Open what a reference names, reading headers only.
 
     ``cache`` is where Hub files and converted pickles are kept; by default the Hub's own cache, and for pickles a
-    temporary folder that ``close`` removes. ``allow_pickle`` lets ``.bin``/``.pt`` weights be converted.
+    temporary folder that ``close`` removes. ``allow_pickle`` lets ``.bin``/``.pt`` weights be converted. With
+    ``headers_only`` the weights of a Hub model are not downloaded, and reading them is an error.
 
     Raises:
         CheckpointError: the model is missing, damaged, hostile or not available, or its adapter does not fit it.
     """
-    base = _open_place(reference.model, str(reference), allow_pickle, cache)
+    base = None
+    if headers_only and _is_remote(reference.model):
+        from mergekit_lr.checkpoint.remote import open_headers
+
+        base = open_headers(reference.model, str(reference), cache=cache, hint=_hint(reference.model))
+    base = base or _open_place(reference.model, str(reference), allow_pickle, cache)
     if reference.adapter is None:
         return base
     try:
@@ -50,13 +58,22 @@ def _locate(place: Place, cache: Path | None, *, adapter: bool, allow_pickle: bo
     path = Path(place.path).expanduser()
     if path.exists():
         return path, None
-    if not place.is_hub_id or "/" not in place.path or place.path.endswith(".safetensors"):
+    if not _is_remote(place):
         raise _missing(place, path)
     from mergekit_lr.checkpoint.hub import fetch
 
-    beside = _neighbours(path)
-    hint = f"; on this machine there is {beside[0]}" if beside else ""
-    return fetch(place, cache=cache, adapter=adapter, allow_pickle=allow_pickle, hint=hint)
+    return fetch(place, cache=cache, adapter=adapter, allow_pickle=allow_pickle, hint=_hint(place))
+
+
+def _is_remote(place: Place) -> bool:
+    """It names no local path, and is written like ``org/name``."""
+    named = place.is_hub_id and "/" in place.path and not place.path.endswith(".safetensors")
+    return named and not Path(place.path).expanduser().exists()
+
+
+def _hint(place: Place) -> str:
+    beside = _neighbours(Path(place.path).expanduser())
+    return f"; on this machine there is {beside[0]}" if beside else ""
 
 
 def _missing(place: Place, path: Path) -> CheckpointError:

@@ -89,7 +89,7 @@ def inspect(path: str | Path | ModelReference, *, allow_pickle: bool = False, ca
         CheckpointError: it cannot be opened.
     """
     reference = path if isinstance(path, ModelReference) else ModelReference.parse(str(path))
-    with open_model(reference, allow_pickle=allow_pickle, cache=cache) as checkpoint:
+    with open_model(reference, allow_pickle=allow_pickle, cache=cache, headers_only=True) as checkpoint:
         return describe(checkpoint)
 
 
