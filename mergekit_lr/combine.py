@@ -85,10 +85,10 @@ def agreeing_sum(
 
 
 def _positive_divisor(divisor: Tensor, shares: Sequence[float], floor: float | None) -> Tensor:
-    """``divisor`` made safe. With shares >= 0 it is zero only where the sum it divides is zero too."""
+    """``divisor`` made safe. With shares above zero it is zero only where the sum it divides is zero too."""
     if floor is not None:
         return divisor.clamp_(min=floor)
-    if min(shares) >= 0:
-        least = min((s for s in shares if s > 0), default=2.0)
+    least = min(shares)
+    if least > 0:
         return divisor.clamp_(min=max(least / 2, torch.finfo(divisor.dtype).tiny))
     return torch.where(divisor == 0, torch.ones_like(divisor), divisor)

@@ -1,0 +1,72 @@
+"""Sums and sign elections against float64 numpy with masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_lr.combine import agreeing_sum, majority_sign, sum_in_place, weighted_sum
+
+SMALL_GRID = st.integers(-3, 3)
+
+
+def parts_of(rows: list[list[int]]) -> list[torch.Tensor]:
+    return [torch.tensor(r, dtype=torch.float32) / 2 for r in rows]
+
+
+@given(
+    st.lists(st.tuples(SMALL_GRID, SMALL_GRID, SMALL_GRID), min_size=1, max_size=20),
+    st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0, 2.0]), min_size=3, max_size=3),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_agreeing_sum_is_a_masked_mean(columns: list[tuple[int, int, int]], shares: list[float], divide: bool) -> None:
+    rows = [list(r) for r in zip(*columns, strict=True)]
+    parts = parts_of(rows)
+    x = np.array(rows) / 2
+    sign = np.where(x.sum(0) >= 0, 1, -1)
+    keep = np.sign(x) == sign
+    want = (x * keep).sum(0)
+    if divide:
+        divisor = (np.array(shares)[:, None] * keep).sum(0)
+        want = want / np.where(divisor == 0, 1, divisor)
+    elected = majority_sign(parts)
+    voted = x.any(axis=0)
+    assert np.array_equal(elected.numpy()[voted], sign[voted])
+    got = agreeing_sum(parts, elected, shares=shares if divide else None)
+    assert np.allclose(got.numpy(), want, rtol=1e-6, atol=0)
+
+
+def test_a_tie_goes_to_plus() -> None:
+    parts = [torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])]
+    sign = majority_sign(parts)
+    assert sign.tolist() == [1, 1]
+    assert agreeing_sum(parts, sign, shares=None).tolist() == [1, 1]
+
+
+def test_divisor_floor() -> None:
+    parts = [torch.tensor([2.0, 0.0])]
+    got = agreeing_sum(parts, torch.ones(2), shares=[1e-9], divisor_floor=2.0**-10)
+    assert got.tolist() == [2048.0, 0.0]
+
+
+def test_opposite_shares_that_cancel_divide_by_one() -> None:
+    parts = [torch.tensor([3.0]), torch.tensor([5.0])]
+    assert agreeing_sum(parts, torch.ones(1), shares=[1.0, -1.0]).tolist() == [8.0]
+
+
+def test_weighted_sum_rounds_each_product_and_makes_a_new_tensor() -> None:
+    x, y = torch.tensor([0.1, 3.0]), torch.tensor([0.7, -3.0])
+    got = weighted_sum([x, y], [0.3, 0.9])
+    want = np.float32(0.3) * x.numpy() + np.float32(0.9) * y.numpy()
+    assert np.array_equal(got.numpy(), want)
+    assert x.tolist() == [pytest.approx(0.1), 3.0]
+    assert sum_in_place([x, y]) is x
+
+
+def test_nothing_to_add_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        agreeing_sum([], torch.ones(1), shares=None)
