@@ -214,7 +214,7 @@ def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a model.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Check that a model folder is whole and holds what its report says."""
+    """Check that a model folder is whole. Reads every weight, and compares with its report where it has one."""
     import mergekit_lr
 
     report = mergekit_lr.verify(out)

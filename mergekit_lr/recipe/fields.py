@@ -140,7 +140,7 @@ def _in_words(error: ErrorDetails, value: Any, kind: str) -> str:
     }
     if error["type"] in limits:
         key, words = limits[error["type"]]
-        return f"{shown(value)} is out of range; it must be {words} {context[key]}"
+        return f"{shown(value)} is out of range; it must be {words} {context[key]:g}"
     if error["type"] == "finite_number":
         return f"{shown(value)} is not a finite number; write a finite one"
     if error["type"] == "value_error":
