@@ -7,6 +7,7 @@ leave.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from mergekit_lr.selection import (
     Cut,
     ModelCut,
     Want,
-    count_to_keep,
     magnitude_bits,
     select,
     select_model_wide,
@@ -64,8 +64,10 @@ class KeepAll(Sparsifier):
 class _Ranked(Sparsifier):
     """Entries chosen by rank of magnitude, in each tensor or (``threshold_scope: model``) over the model."""
 
+    least: int = 0  # entries kept at any density above zero
+
     @abstractmethod
-    def wants(self, density: Any, gamma: Any, numel: int) -> list[int]:
+    def sets(self, keep: int, outliers: int, numel: int) -> list[int]:
         """Sizes of the sets of largest entries whose difference is kept: ``[outer]``, ``[outer, inner]``."""
 
     def model_statistics(self, calls: Sequence[Call]) -> Statistics | None:
@@ -73,24 +75,41 @@ class _Ranked(Sparsifier):
         return self._model_passes(chosen) if chosen else None
 
     def _model_passes(self, calls: Sequence[Call]) -> Statistics:
-        sizes = sum(c.numel for c in calls)
-        wants = []
-        for i in range(len(calls[0].models)):
-            by_tensor = [self._of(c, i) for c in calls]
-            wants += [Want(i, sum(column)) for column in zip(*by_tensor, strict=True)]
-        cuts: list[ModelCut] = yield from select_model_wide(wants, sizes, _in_model_scope)
+        wants = self._wants(calls)
+        cuts: list[ModelCut] = yield from select_model_wide(wants, _numel(calls), _in_model_scope)
         return cuts
 
     def statistics(self, call: Call, model_state: Any) -> Statistics | None:
         if call.merge.threshold_scope == "model":
             return _ready([cut.for_tensor(call.name) for cut in model_state])
-        wants = [Want(i, k) for i in range(len(call.models)) for k in self._of(call, i)]
+        wants = self._wants([call])
         trivial = all(w.keep in (0, call.numel) for w in wants)
         return _ready([_trivial(w, call) for w in wants]) if trivial else select(call, wants)
 
-    def _of(self, call: Call, model: int) -> list[int]:
-        own = call.models[model]
-        return self.wants(own.density, getattr(own, "gamma", None), call.numel)
+    def _wants(self, calls: Sequence[Call]) -> list[Want]:
+        """What is kept of each model where the entries of all ``calls`` compete."""
+        numel = _numel(calls)
+        wants = []
+        for i in range(len(calls[0].models)):
+            keep = _pooled(calls, i, "density")
+            if numel and any(c.models[i].density > 0 for c in calls):
+                keep = max(self.least, keep)
+            wants += [Want(i, k) for k in self.sets(keep, _pooled(calls, i, "gamma"), numel)]
+        return wants
+
+
+def _numel(calls: Sequence[Call]) -> int:
+    return sum(c.numel for c in calls)
+
+
+def _pooled(calls: Sequence[Call], model: int, attribute: str) -> int:
+    """``int(sum_t share_t N_t)``; for one share over all tensors exactly ``int(share * N)``."""
+    sizes: dict[float, int] = {}
+    for c in calls:
+        share = getattr(c.models[model], attribute, 0.0)
+        sizes[share] = sizes.get(share, 0) + c.numel
+    wanted = math.fsum(share * n for share, n in sizes.items())
+    return max(0, min(_numel(calls), int(wanted)))
 
 
 def _trivial(want: Want, call: Call) -> Cut:
@@ -112,10 +131,10 @@ def _in_model_scope(call: Call, piece: Piece) -> list[Tensor]:
 class LargestMagnitude(_Ranked):
     """Keeps the ``max(1, int(density * N))`` largest magnitudes of N; density 0 keeps none, 1 all."""
 
-    def wants(self, density: Any, gamma: Any, numel: int) -> list[int]:
-        if density <= 0 or not numel:
-            return [0]
-        return [max(1, count_to_keep(density, numel))]
+    least = 1
+
+    def sets(self, keep: int, outliers: int, numel: int) -> list[int]:
+        return [keep]
 
     def apply(self, call: Call, piece: Piece, state: Any, model: int) -> Tensor:
         cut: Cut = state[model]
@@ -128,13 +147,8 @@ class MiddleMagnitude(_Ranked):
     Density 1 keeps all. Where gamma and density exceed one together, fewer of the largest go.
     """
 
-    def wants(self, density: Any, gamma: Any, numel: int) -> list[int]:
-        if density >= 1:
-            return [numel, 0]
-        keep = count_to_keep(density, numel)
-        if not keep:
-            return [0, 0]
-        top = min(count_to_keep(gamma, numel), numel - keep)
+    def sets(self, keep: int, outliers: int, numel: int) -> list[int]:
+        top = min(outliers, numel - keep) if keep else 0
         return [keep + top, top]
 
     def apply(self, call: Call, piece: Piece, state: Any, model: int) -> Tensor:

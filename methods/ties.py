@@ -18,7 +18,7 @@ class Ties(TaskVectorMethod):
 
     The paper trims over the whole task vector (``threshold_scope: model``); mergekit, and the default here,
     within each tensor (``threshold_scope: tensor``). Over the model, tensors of different density share one
-    budget, ``sum_t int(density_t N_t)``, at the cost of up to three looks at all tensors.
+    budget, ``int(sum_t density_t N_t)``, at the cost of up to three looks at all tensors.
 
     Source: Yadav et al., "TIES-Merging: Resolving interference when merging models", NeurIPS 2023,
     arXiv:2306.01708, algorithm 1.
