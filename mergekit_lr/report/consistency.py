@@ -17,6 +17,7 @@ from mergekit_lr.checkpoint.header import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
 
+_GROUPS = "num_key_value_heads"
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _ROUTER = re.compile(r"\.(mlp|block_sparse_moe|feed_forward)\.(gate|router)\.weight$")
 # Families whose q/k/v projections are (heads x head_dim) rows and whose gated MLP is (intermediate x hidden).
@@ -24,6 +25,10 @@ PLAIN_FAMILIES = frozenset(
     {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"}
     | {"olmo", "olmo2", "granite", "cohere", "starcoder2", "stablelm", "smollm3"}
 )
+
+
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Names of the expert count. transformers 5 writes ``num_local_experts`` where it read ``num_experts``."""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -39,7 +44,7 @@ def whole(config: Mapping[str, Any], *keys: str) -> int | None:
 
 def expert_count(config: Mapping[str, Any]) -> int | None:
     """Routed experts that a config claims for each MoE layer."""
-    return whole(text_config(config), "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return whole(text_config(config), *EXPERT_KEYS)
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
@@ -136,7 +141,9 @@ def _experts(config: Mapping[str, Any], tensors: Tensors) -> list[str]:
     counts = experts_by_layer(tensors)
     if claimed is None:
         return []
-    problems = [
+    said = {k: text[k] for k in EXPERT_KEYS if type(text.get(k)) is int}
+    problems = [f"config.json contradicts itself: {said}"] if len(set(said.values())) > 1 else []
+    problems += [
         f"config.json says {claimed} experts, but {stack}.{layer} has {n}"
         for (stack, layer), n in sorted(counts.items())
         if n != claimed
@@ -157,18 +164,19 @@ def _attention(text: Mapping[str, Any], tensors: Tensors) -> list[str]:
     if hidden is None or not heads:
         return []
     size = whole(text, "head_dim") or hidden // heads
-    groups = whole(text, "num_key_value_heads") or heads
+    groups = whole(text, _GROUPS) or heads
     inner = whole(text, "intermediate_size")
+    queries, keys = (f"{k} {n} x head_dim {size}" for k, n in (("num_attention_heads", heads), (_GROUPS, groups)))
     expected = {
-        ".self_attn.q_proj.weight": ("num_attention_heads", (heads * size, hidden)),
-        ".self_attn.k_proj.weight": ("num_key_value_heads", (groups * size, hidden)),
-        ".self_attn.v_proj.weight": ("num_key_value_heads", (groups * size, hidden)),
-        ".self_attn.o_proj.weight": ("num_attention_heads", (hidden, heads * size)),
+        ".self_attn.q_proj.weight": (queries, (heads * size, hidden)),
+        ".self_attn.k_proj.weight": (keys, (groups * size, hidden)),
+        ".self_attn.v_proj.weight": (keys, (groups * size, hidden)),
+        ".self_attn.o_proj.weight": (queries, (hidden, heads * size)),
     }
     if inner is not None:
-        expected[".mlp.gate_proj.weight"] = ("intermediate_size", (inner, hidden))
-        expected[".mlp.up_proj.weight"] = ("intermediate_size", (inner, hidden))
-        expected[".mlp.down_proj.weight"] = ("intermediate_size", (hidden, inner))
+        expected[".mlp.gate_proj.weight"] = (f"intermediate_size {inner}", (inner, hidden))
+        expected[".mlp.up_proj.weight"] = (f"intermediate_size {inner}", (inner, hidden))
+        expected[".mlp.down_proj.weight"] = (f"intermediate_size {inner}", (hidden, inner))
     wrong: dict[str, list[str]] = defaultdict(list)
     for name, info in tensors.items():
         for ending, (key, shape) in expected.items():
