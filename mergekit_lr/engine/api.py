@@ -26,5 +26,6 @@ def plan(
         threads=threads,
         shard_size=shard_size,
         allow_pickle=allow_pickle,
+        headers_only=True,
     ) as laid_out:
         return laid_out
