@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lr.checkpoint.open import local_path
+from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import CheckpointError, UsageError
 from mergekit_lr.lazy import torch
 
@@ -31,7 +33,7 @@ def evaluate(
     max_tokens: int | None = None,
     batch: int = 8,
 ) -> dict[str, Any]:
-    """Loss of a model folder on each text file, in fp32.
+    """Loss of a model (a folder or a Hub id) on each text file, in fp32.
 
     ``context`` is the window in tokens (by default the model's own, at most 1024); ``max_tokens`` cuts each text
     after that many predicted tokens. Special tokens are not added; nothing of the folder is executed.
@@ -50,7 +52,10 @@ def evaluate(
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}", fix="give at least 1")
     contents = {str(t): _read_text(Path(t)) for t in texts}
-    network, tokenizer = load_for_evaluation(Path(model), device)
+    reference = ModelReference.parse(str(model))
+    if reference.adapter is not None:
+        raise UsageError("an adapter is not evaluated on its base", fix="merge the two first, then evaluate the folder")
+    network, tokenizer = load_for_evaluation(local_path(reference.model), device)
     limit = network.config.get_text_config().max_position_embeddings
     window = min(context or 1024, limit)
     files: dict[str, dict[str, Any]] = {}
