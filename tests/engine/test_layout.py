@@ -121,9 +121,7 @@ def test_budget_is_kept_or_refused_before_anything_is_read(make, random_tensors,
         "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models],
         "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
     }
-    with pytest.raises(
-        ResourceError, match=r"'w.weight' must be held whole.*8 MiB allowed.*--max-memory (\d+)MiB"
-    ) as e:
+    with pytest.raises(ResourceError, match=r"'w.weight' must be held whole.*8 MiB allowed.*--max-memory") as e:
         plan(recipe, device="cpu", max_memory="8MiB")
     enough = str(e.value).rsplit("--max-memory ", 1)[1]
     assert plan(recipe, device="cpu", max_memory=enough, threads=1).budget.peak <= int(enough[:-3]) << 20

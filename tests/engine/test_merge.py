@@ -29,6 +29,10 @@ def ties(base: Path, *models: Path, **extra: Any) -> dict[str, Any]:
     return {"merge_method": "ties", "base_model": str(base), "models": entries, **extra}
 
 
+def ties_model_wide(base: Path, *models: Path, **extra: Any) -> dict[str, Any]:
+    return ties(base, *models, parameters={"threshold_scope": "model"}, **extra)
+
+
 @pytest.fixture
 def three(make, random_tensors) -> list[Path]:
     return [make(f"m{i}", random_tensors(i), shards=1 + i) for i in range(3)]
@@ -55,7 +59,26 @@ def test_task_arithmetic_adds_weighted_deltas_to_the_base(three, tmp_path, load)
         torch.testing.assert_close(got[name].double(), exact, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("recipe", [task, ties], ids=["task_arithmetic", "ties"])
+def test_a_model_wide_threshold_competes_over_all_tensors(three, tmp_path, load):
+    merge(ties_model_wide(*three, dtype="float32"), tmp_path / "out", device="cpu")
+    base, *tuned = (load(m) for m in three)
+    names = sorted(base, key=list(base).index)
+    trimmed = []
+    for model in tuned:
+        delta = torch.cat([(model[n].double() - base[n].double()).reshape(-1) for n in names])
+        keep = delta.abs().sort(descending=True).values[int(0.4 * delta.numel()) - 1]
+        trimmed.append(torch.where(delta.abs() >= keep, delta, 0.0) * 0.5)
+    sign = torch.sign(trimmed[0] + trimmed[1])
+    agree = [(torch.sign(d) == sign) & (d != 0) for d in trimmed]
+    share = sum(a * 0.5 for a in agree)
+    exact = sum(d * a for d, a in zip(trimmed, agree, strict=True)) / torch.clamp(share, min=0.5)
+    got = load(tmp_path / "out")
+    flat = torch.cat([(got[n].double() - base[n].double()).reshape(-1) for n in names])
+    # Only entries that tie at the threshold may differ from this reference, which keeps all of them.
+    assert ((flat - exact).abs() > 1e-6).sum() <= 0.001 * flat.numel()
+
+
+@pytest.mark.parametrize("recipe", [task, ties, ties_model_wide], ids=["task_arithmetic", "ties", "model-wide"])
 def test_bytes_depend_on_nothing_but_recipe_and_inputs(recipe, make, random_tensors, tmp_path, monkeypatch, load):
     shapes = {"model.layers.0.w.weight": (700, 300), "model.layers.1.w.weight": (131_072,), "x.weight": (513, 129)}
     models = [make(f"m{i}", random_tensors(i, shapes=shapes)) for i in range(3)]
