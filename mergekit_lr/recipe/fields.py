@@ -114,7 +114,7 @@ def _admitted(annotation: Any) -> set[type]:
         return {origin}
     if annotation is float:
         return {float, int}
-    if isinstance(annotation, type):
+    if isinstance(annotation, type) and annotation is not Any:
         return {str} if issubclass(annotation, Enum) and issubclass(annotation, str) else {annotation}
     return {object}
 

@@ -11,12 +11,13 @@ import yaml
 
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import RecipeError
-from mergekit_lr.recipe.problems import Problems
+from mergekit_lr.recipe.problems import Problems, shown
 from mergekit_lr.recipe.schema import Recipe
 from mergekit_lr.recipe.walk import read_recipe
 from mergekit_lr.recipe.yaml import (
     MAX_BYTES,
     MAX_DEPTH,
+    MAX_INTEGER,
     MAX_NODES,
     Entry,
     Mapping,
@@ -77,10 +78,8 @@ def _read(path: Path) -> bytes:
 def _from_text(text: str, problems: Problems, path: Path | None) -> Recipe:
     root = parse(text, problems)
     if root is None:
-        if not problems.found:
-            problems.add(None, "", "the recipe is empty", "start with merge_method and models")
         problems.raise_if_any()
-    assert root is not None
+        problems.fail(None, "", "the recipe is empty", "start with merge_method and models")
     return read_recipe(root, problems, text, path)
 
 
@@ -98,8 +97,9 @@ def _node(value: Any, problems: Problems, path: str, depth: int, budget: list[in
     budget[0] -= 1
     if budget[0] < 0 or depth == 0:
         what = f"nested deeper than {MAX_DEPTH} levels" if depth == 0 else f"more than {MAX_NODES:,} values"
-        problems.add(None, path, what)
-        problems.raise_if_any()
+        problems.fail(None, path, what)
+    if type(value) is int and abs(value) >= MAX_INTEGER:
+        problems.fail(None, path, f"{shown(value)} is too large a number", "use one below 2^63")
     if value is None or isinstance(value, bool | int | float | str):
         return Scalar(value, None)
     if isinstance(value, ModelReference | Path):

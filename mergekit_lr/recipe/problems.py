@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from mergekit_lr.errors import RecipeError
 
@@ -78,10 +78,18 @@ class Problems:
         """Warnings in the order of the text."""
         return tuple(line for _, line in sorted(self._warnings, key=lambda e: e[0]))
 
-    def raise_if_any(self) -> None:
-        """Raise one RecipeError that carries every error, in the order of the text."""
-        if not self._errors:
-            return
+    def error(self) -> RecipeError:
+        """One RecipeError that carries every error, in the order of the text."""
         lines = tuple(dict.fromkeys(line for _, line in sorted(self._errors, key=lambda e: e[0])))
         rest = f" [and {len(lines) - 1} more]" if len(lines) > 1 else ""
-        raise RecipeError(lines[0] + rest, problems=lines)
+        return RecipeError(lines[0] + rest, problems=lines)
+
+    def raise_if_any(self) -> None:
+        """Raise `error` if there is one."""
+        if self._errors:
+            raise self.error()
+
+    def fail(self, mark: Mark | None, path: str, what: str, fix: str = "") -> NoReturn:
+        """Note an error after which reading on makes no sense, and raise."""
+        self.add(mark, path, what, fix)
+        raise self.error()

@@ -48,9 +48,7 @@ def read_recipe(root: Node, problems: Problems, text: str, origin: Path | None) 
         RecipeError: with all problems.
     """
     if not isinstance(root, Mapping):
-        problems.add(root.mark, "", "a recipe is a mapping", "start with `merge_method: ...`")
-        problems.raise_if_any()
-        raise AssertionError("raise_if_any raises after add")
+        problems.fail(root.mark, "", "a recipe is a mapping", "start with `merge_method: ...`")
     return _Walk(root, problems, text, origin).run()
 
 

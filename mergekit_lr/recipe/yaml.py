@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from yaml.events import (
@@ -152,7 +152,7 @@ class _Composer:
             self._refuse_tag(event.tag, mark)
             value: Value = scalar(event.value) if event.implicit[0] else event.value
             if type(value) is int and abs(value) >= MAX_INTEGER:
-                self.problems.add(mark, "", f"the number {shown(value)} is too large", "use one below 2^63")
+                self.problems.add(mark, "", f"{shown(value)} is too large a number", "use one below 2^63")
                 value = 0
             self._place(Scalar(value, mark), event.anchor, 1, 0, event.value)
         elif isinstance(event, SequenceStartEvent | MappingStartEvent):
@@ -181,7 +181,6 @@ class _Composer:
             inside = any(o.anchor == anchor for o in self.stack)
             what = "refers to the value that it is part of" if inside else "has no anchor above it"
             self._stop(mark, f"alias *{anchor[:40]} {what}", "write the value out")
-            return
         text = str(known.node.value) if isinstance(known.node, Scalar) else None
         if text is None and self._at_key():
             self._stop(mark, "a key must be a plain word, not an alias", "write the key out")
@@ -232,7 +231,7 @@ class _Composer:
         if tag is not None:
             self.problems.add(mark, "", f"the tag {shown(tag)} is not allowed", "remove the tag")
 
-    def _stop(self, mark: Mark | None, what: str, fix: str) -> None:
+    def _stop(self, mark: Mark | None, what: str, fix: str) -> NoReturn:
         self.problems.add(mark, "", what, fix)
         raise _Stop
 

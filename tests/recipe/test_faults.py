@@ -9,6 +9,7 @@ import pytest
 
 from mergekit_lr.errors import RecipeError
 from mergekit_lr.recipe import load_recipe
+from mergekit_lr.recipe.load import check
 
 MARKER = "¦"
 
@@ -260,6 +261,12 @@ def test_what_is_no_recipe_at_all(source: object, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(source)  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+def test_check_is_load_recipe() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'dtype'"):
+        check(linear("dtpye: float32\n"))
+    assert check(linear()) == load_recipe(linear())
 
 
 def test_a_dict_that_holds_itself() -> None:

@@ -55,16 +55,17 @@ def mutated(rng: random.Random) -> str:
     return text + "\n"
 
 
-def test_mutated_recipes() -> None:
-    """3,000 edits of good recipes. Some stay good, most do not; none takes long."""
-    rng = random.Random(20)
+@pytest.mark.parametrize(("seed", "count"), [(20, 2000), pytest.param(21, 20_000, marks=pytest.mark.slow, id="long")])
+def test_mutated_recipes(seed: int, count: int) -> None:
+    """Edits of good recipes. Some stay good, most do not; none takes long."""
+    rng = random.Random(seed)
     good, slowest = 0, 0.0
-    for _ in range(3000):
+    for _ in range(count):
         text = mutated(rng)
         began = time.process_time()
         good += answer(text) is not None
         slowest = max(slowest, time.process_time() - began)
-    assert 30 < good < 2000
+    assert 0.01 < good / count < 0.5
     assert slowest < 1.0
 
 

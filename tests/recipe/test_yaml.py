@@ -73,6 +73,7 @@ SCALARS = [
     ("1e", "1e"),
     ("+.5e1", 5.0),
     ("--1", "--1"),
+    ("9" * 401, "9" * 401),
 ]
 
 
@@ -127,7 +128,7 @@ REFUSED = [
     ("a:\n\t- b\n", "r.yml:2:1: not valid YAML:", ""),
     ("a: \x01\n", "r.yml: not valid YAML:", ""),
     ("a: \ud800\n", "r.yml:1:4: half of a surrogate pair", ""),
-    (f"a: {2**63}\n", "r.yml:1:4: the number 9223372036854775808 is too large", ""),
+    (f"a: {2**63}\n", "r.yml:1:4: 9223372036854775808 is too large a number", ""),
 ]
 
 
@@ -229,6 +230,10 @@ def test_bytes_that_are_not_text() -> None:
     problems = Problems("r.yml")
     decode(b"#" * (MAX_BYTES + 1), problems)
     assert problems.found
+
+
+def test_text_that_is_too_large() -> None:
+    assert "larger than 1,048,576 bytes" in problems_of("#" * MAX_BYTES + "\n")[0]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key() -> None:
