@@ -34,10 +34,14 @@ BlockCounts = list[tuple[str, int, Int64]]
 
 @dataclass(frozen=True)
 class Want:
-    """One question: the ``keep`` largest magnitudes of value stream ``stream``."""
+    """One question: the ``keep`` largest magnitudes of value stream ``stream``.
+
+    ``among`` is how many entries the stream has in all, where it skips some tensors.
+    """
 
     stream: int
     keep: int
+    among: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def magnitude_bits(x: Tensor) -> Tensor:
 def _blocks(call: Call, piece: Piece, values: Values) -> Iterator[list[Tensor]]:
     """Magnitude bits of every value stream, `GRID` elements at a time."""
     flat = [v.reshape(-1) for v in values(call, piece)]
-    for a in range(0, flat[0].numel(), GRID):
+    for a in range(0, max(v.numel() for v in flat), GRID):
         yield [magnitude_bits(v[a : a + GRID]) for v in flat]
 
 
@@ -136,7 +140,7 @@ class Sample(Pass["list[tuple[str, int, list[Int32]]]", "list[Samples]"]):
         flat = [v.reshape(-1) for v in self.values(call, piece)]
         places = min(-(-call.numel // GRID), SAMPLED_PLACES)
         wanted = self.most * call.numel / (self.numel * places)  # this piece's share of all samples
-        stride = max(1, int(flat[0].numel() / max(wanted, 1)))
+        stride = max(1, int(max(v.numel() for v in flat) / max(wanted, 1)))
         return [(call.name, call.numel, [magnitude_bits(v[::stride]).cpu().numpy() for v in flat])]
 
     def fold(self, total: Any, partial: Any) -> Any:
@@ -147,11 +151,11 @@ class Sample(Pass["list[tuple[str, int, list[Int32]]]", "list[Samples]"]):
 
     def finish(self, total: list[tuple[str, int, list[Int32]]]) -> list[Samples]:
         streams = range(len(total[0][2]))
-        seen: dict[str, int] = {}
-        for name, _, parts in total:
-            seen[name] = seen.get(name, 0) + parts[0].size
         out = []
         for s in streams:
+            seen: dict[str, int] = {}
+            for name, _, parts in total:
+                seen[name] = seen.get(name, 0) + parts[s].size
             kept = [(parts[s], numel / seen[name]) for name, numel, parts in total if parts[s].size]
             out.append(Samples([p for p, _ in kept], [w for _, w in kept]))
         return out

@@ -216,14 +216,15 @@ def select_model_wide(
 ) -> Generator[Pass[Any, Any], Any, list[ModelCut]]:
     """Cuts that keep exactly ``want.keep`` of ``numel`` entries over everything the passes see.
 
-    Yields the passes; returns one `ModelCut` per want, in order.
+    Yields the passes; returns one `ModelCut` per want, in order. ``values`` may give an empty stream where a
+    tensor does not compete; such a want says among how many it chooses.
     """
     cuts = [ModelCut(0.0)] * len(wants)
     open_: list[int] = []
     for i, want in enumerate(wants):
         if want.keep <= 0:
             cuts[i] = ModelCut(float("inf"), "", 0, 0)
-        elif want.keep < numel:
+        elif want.keep < (numel if want.among is None else want.among):
             open_.append(i)
     if not open_:
         return cuts

@@ -20,6 +20,7 @@ from mergekit_lr.method import Call, Piece, Slicing, Statistics
 from mergekit_lr.philox import LEVELS, draws, effective_probability, masked
 from mergekit_lr.selection import (
     KEEP_ALL,
+    KEEP_NOTHING,
     Cut,
     ModelCut,
     Want,
@@ -75,27 +76,37 @@ class _Ranked(Sparsifier):
         return self._model_passes(chosen) if chosen else None
 
     def _model_passes(self, calls: Sequence[Call]) -> Statistics:
-        wants = self._wants(calls)
-        cuts: list[ModelCut] = yield from select_model_wide(wants, _numel(calls), _in_model_scope)
+        cuts: list[ModelCut] = yield from select_model_wide(self._wants(calls), _numel(calls), _in_model)
         return cuts
 
     def statistics(self, call: Call, model_state: Any) -> Statistics | None:
         if call.merge.threshold_scope == "model":
-            return _ready([cut.for_tensor(call.name) for cut in model_state])
-        wants = self._wants([call])
-        trivial = all(w.keep in (0, call.numel) for w in wants)
-        return _ready([_trivial(w, call) for w in wants]) if trivial else select(call, wants)
+            return _ready(self._cuts(call, [cut.for_tensor(call.name) for cut in model_state]))
+        return self._tensor_passes(call)
+
+    def _tensor_passes(self, call: Call) -> Statistics:
+        cuts = yield from select(call, self._wants([call]), _in_tensor)
+        return self._cuts(call, cuts)
 
     def _wants(self, calls: Sequence[Call]) -> list[Want]:
-        """What is kept of each model where the entries of all ``calls`` compete."""
-        numel = _numel(calls)
+        """What is kept of each model where the entries of ``calls`` compete."""
         wants = []
         for i in range(len(calls[0].models)):
-            keep = _pooled(calls, i, "density")
-            if numel and any(c.models[i].density > 0 for c in calls):
-                keep = max(self.least, keep)
-            wants += [Want(i, k) for k in self.sets(keep, _pooled(calls, i, "gamma"), numel)]
+            partly = [c for c in calls if 0 < c.models[i].density < 1]
+            numel = _numel(partly)
+            keep = max(_pooled(partly, i, "density"), min(self.least, numel))
+            wants += [Want(i, k, numel) for k in self.sets(keep, _pooled(partly, i, "gamma"), numel)]
         return wants
+
+    def _cuts(self, call: Call, found: list[Cut]) -> list[Cut]:
+        """``found``, but for models that keep all or nothing of this tensor, which do not compete."""
+        n, out = call.numel, list(found)
+        per_model = len(found) // len(call.models)
+        for i, own in enumerate(call.models):
+            if not 0 < own.density < 1:
+                sizes = self.sets(n if own.density >= 1 else 0, 0, n)
+                out[i * per_model : (i + 1) * per_model] = [KEEP_ALL if k else KEEP_NOTHING for k in sizes]
+        return out
 
 
 def _numel(calls: Sequence[Call]) -> int:
@@ -108,12 +119,7 @@ def _pooled(calls: Sequence[Call], model: int, attribute: str) -> int:
     for c in calls:
         share = getattr(c.models[model], attribute, 0.0)
         sizes[share] = sizes.get(share, 0) + c.numel
-    wanted = math.fsum(share * n for share, n in sizes.items())
-    return max(0, min(_numel(calls), int(wanted)))
-
-
-def _trivial(want: Want, call: Call) -> Cut:
-    return KEEP_ALL if want.keep == call.numel else Cut(float("inf"), 0, 0)
+    return min(_numel(calls), int(math.fsum(share * n for share, n in sizes.items())))
 
 
 def _ready(state: Any) -> Statistics:
@@ -122,10 +128,16 @@ def _ready(state: Any) -> Statistics:
     return state
 
 
-def _in_model_scope(call: Call, piece: Piece) -> list[Tensor]:
+def _in_tensor(call: Call, piece: Piece) -> list[Tensor]:
+    """The task vectors of which a part is kept; nothing of the others."""
+    pairs = zip(piece.tensors, call.models, strict=True)
+    return [x if 0 < own.density < 1 else x.reshape(-1)[:0] for x, own in pairs]
+
+
+def _in_model(call: Call, piece: Piece) -> list[Tensor]:
     if call.merge.threshold_scope == "model":
-        return piece.tensors
-    return [t.reshape(-1)[:0] for t in piece.tensors]
+        return _in_tensor(call, piece)
+    return [x.reshape(-1)[:0] for x in piece.tensors]
 
 
 class LargestMagnitude(_Ranked):

@@ -18,7 +18,8 @@ class Ties(TaskVectorMethod):
 
     The paper trims over the whole task vector (``threshold_scope: model``); mergekit, and the default here,
     within each tensor (``threshold_scope: tensor``). Over the model, tensors of different density share one
-    budget, ``int(sum_t density_t N_t)``, at the cost of up to three looks at all tensors.
+    budget, ``int(sum_t density_t N_t)``; tensors of density 0 or 1 stay out of it and keep nothing or all. The
+    price is two looks at all tensors of all models, seldom three.
 
     Source: Yadav et al., "TIES-Merging: Resolving interference when merging models", NeurIPS 2023,
     arXiv:2306.01708, algorithm 1.

@@ -121,11 +121,23 @@ def test_rescale_brings_back_the_l1_norm() -> None:
     assert not untouched.any()
 
 
-def model_wide(tensors: dict[str, tuple[Array, Array]], density: float) -> dict[str, torch.Tensor]:
-    """Two models of several tensors, base zero, through the passes as an engine drives them."""
-    merge = METHOD.Merge.model_validate({"threshold_scope": "model"})
-    each = tuple(METHOD.PerModel.model_validate({"weight": 1.0, "density": density}) for _ in range(2))
-    calls = [Call(n, (a.size,), merge, each, True, 0, ("a", "b")) for n, (a, _) in tensors.items()]
+def model_wide(
+    tensors: dict[str, tuple[Array, Array]],
+    density: float,
+    special: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Two models of several tensors, base zero, through the passes as an engine drives them.
+
+    ``special``: parameters of single tensors, ``scope`` and the densities ``a`` and ``b`` of the models.
+    """
+
+    def call_of(name: str, numel: int) -> Call:
+        own = {"scope": "model", "a": density, "b": density} | (special or {}).get(name, {})
+        merge = METHOD.Merge.model_validate({"threshold_scope": own["scope"]})
+        each = [METHOD.PerModel.model_validate({"weight": 1.0, "density": own[m]}) for m in "ab"]
+        return Call(name, (numel,), merge, tuple(each), True, 0, ("a", "b"))
+
+    calls = [call_of(n, a.size) for n, (a, _) in tensors.items()]
     data = {n: [torch.from_numpy(x.astype(np.float32)) for x in pair] for n, pair in tensors.items()}
 
     def pieces(call: Call) -> Any:
@@ -157,6 +169,29 @@ def test_model_scope_is_the_papers_trim_over_the_whole_task_vector() -> None:
     # The point of the whole-model trim: loud tensors keep more than a fifth, quiet ones nothing.
     assert np.count_nonzero(got["loud"]) > 0.5 * sizes["loud"]
     assert np.count_nonzero(got["quiet"]) == 0
+
+
+def test_tensors_that_keep_all_or_nothing_or_their_own_scope_do_not_compete() -> None:
+    rng = np.random.default_rng(5)
+    sizes = {"x": 400, "all of a": 900, "none of b": 70_000, "own scope": 300, "y": 80_000}
+    tensors = {n: (grid(rng, k), grid(rng, k)) for n, k in sizes.items()}
+    special = {"all of a": {"a": 1.0}, "none of b": {"b": 0.0}, "own scope": {"scope": "tensor"}}
+    got = model_wide(tensors, 0.25, special)
+    competing = [{"x", "none of b", "y"}, {"x", "all of a", "y"}]
+    trimmed: dict[str, list[Array]] = {n: [] for n in tensors}
+    for i, names in enumerate(competing):
+        chosen = {n: t[i].astype(np.float64) for n, t in tensors.items() if n in names}
+        kept = trim(np.concatenate(list(chosen.values())), int(0.25 * sum(sizes[n] for n in names)))
+        edges = np.cumsum([x.size for x in chosen.values()])[:-1]
+        parts = dict(zip(chosen, np.split(kept, edges), strict=True))
+        parts["own scope"] = trim(tensors["own scope"][i].astype(np.float64), 75)
+        parts.setdefault("all of a", tensors["all of a"][i].astype(np.float64))
+        parts.setdefault("none of b", np.zeros(sizes["none of b"]))
+        for n in tensors:
+            trimmed[n].append(parts[n])
+    for n, found in got.items():
+        want = elect_and_merge(np.stack(trimmed[n]), np.ones(2), True)
+        assert np.allclose(found.numpy(), want, rtol=3e-7, atol=0), n
 
 
 def test_model_scope_on_a_model_of_one_tensor_is_tensor_scope() -> None:
