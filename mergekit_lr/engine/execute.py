@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.checkpoint import fs
-from mergekit_lr.checkpoint.dtypes import ITEM_BYTES, OVERFLOWS_AT, torch_dtype
-from mergekit_lr.checkpoint.layout import Layout
-from mergekit_lr.checkpoint.model import Checkpoint
-from mergekit_lr.engine.digest import ChunkDigests
+from mergekit_lr.checkpoint.dtypes import ITEM_BYTES, OVERFLOWS_AT
 from mergekit_lr.engine.finite import NonFinite, explain_nonfinite
-from mergekit_lr.engine.journal import Journal
+from mergekit_lr.engine.fused import Fused, fused_sum
+from mergekit_lr.engine.job import Job, Stopped
+from mergekit_lr.engine.output import Output
 from mergekit_lr.engine.units import Unit, slicing_of
 from mergekit_lr.errors import NonFiniteError
-from mergekit_lr.graph.nodes import (
-    Delta,
-    MergeGraph,
-    Operation,
-    Restore,
-    Sink,
-    Source,
-    operation_of,
-    sources_of,
-)
+from mergekit_lr.graph.nodes import Delta, Operation, Restore, Sink, Source, operation_of, sources_of
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import Call, Method, Pass, Piece
 from mergekit_lr.pieces import Span, drive, fold_all, sample_spans, spans
@@ -38,55 +25,6 @@ from mergekit_lr.registry import get_method
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class Stopped(Exception):
-    """Another worker failed, or the user interrupted: leave quietly."""
-
-
-@dataclass
-class Job:
-    """What all workers share."""
-
-    graph: MergeGraph
-    inputs: Mapping[str, Checkpoint]
-    layout: Layout
-    folder: Path
-    journal: Journal
-    device: str
-    piece: int
-    read: int
-    nonfinite: str
-    artifacts: dict[str, Any] = field(default_factory=dict)
-    stop: threading.Event = field(default_factory=threading.Event)
-    done_bytes: int = 0
-    warnings: list[str] = field(default_factory=list)
-    _descriptors: dict[int, int] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self.checkpoints = [self.inputs[m] for m in self.graph.models]
-
-    def shard(self, number: int) -> tuple[int, Path]:
-        """Descriptor and path of an output shard."""
-        path = self.folder / self.layout.shards[number].file
-        with self._lock:
-            if number not in self._descriptors:
-                self._descriptors[number] = fs.open_for_writing(path)
-            return self._descriptors[number], path
-
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def advance(self, nbytes: int) -> None:
-        with self._lock:
-            self.done_bytes += nbytes
-
-    def warn(self, text: str) -> None:
-        with self._lock:
-            if text not in self.warnings:
-                self.warnings.append(text)
 
 
 class Worker:
@@ -106,7 +44,7 @@ class Worker:
         """Do one unit and note it in the journal."""
         sink = self.job.graph.sinks[unit.sink]
         operation = operation_of(sink.value)
-        out = Output(self, sink)
+        out = Output(self.job, sink, partial(self._buffer, -1))
         if operation is None:
             assert isinstance(sink.value, Source)
             self._copy(sink.value, unit, out)
@@ -241,66 +179,6 @@ class Block:
 
     start: int
     values: dict[Source, Tensor]
-
-
-@dataclass
-class Output:
-    """The way of one unit's results to disk: narrowed, written, digested."""
-
-    worker: Worker
-    sink: Sink
-    digests: ChunkDigests = field(default_factory=ChunkDigests)
-    largest: float = 0.0
-
-    @property
-    def dtype(self) -> str:
-        return self.sink.dtype
-
-    def buffer(self, elements: int) -> Tensor:
-        """Room for output elements, in the output's dtype."""
-        return self.worker._buffer(-1, elements, self.dtype).view(torch_dtype(self.dtype))[:elements]
-
-    def write(self, start: int, narrow: Tensor) -> None:
-        job, place = self.worker.job, self.worker.job.layout.places[self.sink.name]
-        fd, path = job.shard(place.shard)
-        data = narrow.view(torch.uint8).numpy().data
-        fs.pwrite(fd, data, place.offset + start * ITEM_BYTES[self.dtype], path)
-        self.digests.update(data)
-        inputs = 1 if operation_of(self.sink.value) is None else len(job.checkpoints)
-        job.advance(len(data) * (1 + inputs))
-
-    def start_writeback(self, unit: Unit) -> None:
-        place, item = self.worker.job.layout.places[self.sink.name], ITEM_BYTES[self.dtype]
-        fd, _ = self.worker.job.shard(place.shard)
-        fs.start_writeback(fd, place.offset + unit.start * item, (unit.stop - unit.start) * item)
-
-
-@dataclass(frozen=True)
-class Fused:
-    """A merge that is one linear combination of its sources' weights."""
-
-    sources: tuple[Source, ...]
-    coefficients: Tensor
-
-
-def fused_sum(method: Method, operation: Operation, sink: Sink, state: Any) -> Fused | None:
-    """The merge as ``sum_j c_j W_j``, where the method is one and the output is narrower than fp32.
-
-    On deltas, ``base + sum_i c_i (W_i - base) = (1 - sum_i c_i) base + sum_i c_i W_i``. In fp32 the two differ by
-    roundings of 2^-24, which a 16-bit output does not show; an fp32 output gets the literal form.
-    """
-    if ITEM_BYTES[sink.dtype] > 2:
-        return None
-    c = method.coefficients(operation.call, state)
-    if c is None:
-        return None
-    total: dict[Source, float] = {}
-    for value, ci in zip(operation.inputs, c, strict=True):
-        source = value.value if isinstance(value, Delta) else value
-        total[source] = total.get(source, 0.0) + ci
-    if isinstance(sink.value, Restore):
-        total[sink.value.base] = total.get(sink.value.base, 0.0) + 1.0 - math.fsum(c)
-    return Fused(tuple(total), torch.tensor(list(total.values()), dtype=torch.float64).float())
 
 
 def blocks_of(inside: list[Span], most: int) -> Iterator[list[Span]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import threading
 import time
 from collections import deque
@@ -15,8 +14,11 @@ from typing import Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.checkpoint.header import read_header
-from mergekit_lr.engine.digest import ALGORITHM, CHUNK, ChunkDigests, combine
-from mergekit_lr.engine.execute import Job, Looks, Worker, work
+from mergekit_lr.engine.artifacts import compute_artifacts
+from mergekit_lr.engine.digest import CHUNK, ChunkDigests
+from mergekit_lr.engine.execute import work
+from mergekit_lr.engine.job import Job
+from mergekit_lr.engine.manifest import make_report, small_files
 from mergekit_lr.engine.memory import keep_freed_memory
 from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, bytes_of, planned
 from mergekit_lr.engine.progress import Progress, ProgressEvent
@@ -24,10 +26,7 @@ from mergekit_lr.engine.units import Unit
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import CheckpointError, VerificationError
 from mergekit_lr.lazy import torch
-from mergekit_lr.method import Pass
-from mergekit_lr.pieces import drive
 from mergekit_lr.recipe import Recipe
-from mergekit_lr.registry import get_method
 
 TICK = 0.1  # seconds between looks at the workers
 
@@ -100,14 +99,14 @@ def run(
         try:
             _trust_but_verify(plan, job)
             with one_thread_each():
-                _artifacts(plan, job)
+                compute_artifacts(plan, job)
                 _drain(plan, job, progress)
         finally:
             job.close()
         _check_inputs_unchanged(plan)
         _check_shards(plan, space)
-        report = _report(plan, job, space.digest, time.monotonic() - began)
-        space.commit(_small_files(plan, report), plan.layout, overwrite=overwrite)
+        report = make_report(plan, job, space.digest, time.monotonic() - began)
+        space.commit(small_files(plan, report), plan.layout, overwrite=overwrite)
     finally:
         space.release()
     return MergeResult(out, report)
@@ -165,46 +164,6 @@ def _written(plan: Plan, job: Job, unit: Unit) -> list[str]:
     return digests.finish()
 
 
-def _artifacts(plan: Plan, job: Job) -> None:
-    """Model-wide statistics: every pass over every tensor that the method merges, in output order."""
-    for artifact in plan.graph.artifacts:
-        method = get_method(artifact.method)
-        operations = [o for o in plan.graph.operations if o.artifact == artifact]
-
-        def look(wanted: Pass[Any, Any], operations: Any = operations, method: Any = method) -> Any:
-            def one(operation: Any) -> Any:
-                total = None
-                looks = Looks(_worker(job), method, operation, None)
-                for call, piece in looks.pieces(wanted):
-                    total = wanted.fold(total, wanted.map(call, piece))
-                return total
-
-            from concurrent.futures import ThreadPoolExecutor
-
-            total = None
-            with ThreadPoolExecutor(plan.budget.threads, initializer=_begin_thread) as pool:
-                for partial in pool.map(one, operations):
-                    total = partial if total is None else wanted.fold(total, partial)
-            return wanted.finish(total)
-
-        job.artifacts[artifact.method] = drive(method.model_statistics([o.call for o in operations]), look)
-
-
-_local = threading.local()
-
-
-def _begin_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def _worker(job: Job) -> Worker:
-    """This thread's worker for artifact passes."""
-    worker: Worker | None = getattr(_local, "worker", None)
-    if worker is None or worker.job is not job:
-        worker = _local.worker = Worker(job)
-    return worker
-
-
 def _drain(plan: Plan, job: Job, progress: Progress | None) -> None:
     """Let the workers do every unit that is not done yet."""
     todo = deque(u for u in plan.units if u.key(plan.graph) not in job.journal.done)
@@ -252,68 +211,3 @@ def _check_shards(plan: Plan, space: Workspace) -> None:
         raise VerificationError(
             "the shards do not hold what was planned", where=str(space.model), fix="run again with --restart"
         )
-
-
-def _report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[str, Any]:
-    from mergekit_lr import __version__
-
-    chunks: dict[str, list[tuple[int, list[str]]]] = {}
-    largest: dict[str, float] = {}
-    for unit in plan.units:
-        record = job.journal.done[unit.key(plan.graph)]
-        name = plan.graph.sinks[unit.sink].name
-        chunks.setdefault(name, []).append((unit.start, record["chunks"]))
-        if "max_abs" in record:
-            largest[name] = max(largest.get(name, 0.0), record["max_abs"])
-    digests = {n: combine(c for _, part in sorted(parts) for c in part) for n, parts in chunks.items()}
-    tensors = [
-        {
-            "name": s.name,
-            "rule": s.rule,
-            "dtype": s.dtype,
-            "shape": list(s.shape),
-            "digest": digests[s.name],
-            **({"max_abs": largest[s.name]} if s.name in largest else {}),
-        }
-        for s in plan.graph.sinks
-    ]
-    return {
-        "mergekit_lr": __version__,
-        "merge_method": plan.recipe.merge_method,
-        "recipe_digest": plan.recipe.digest(),
-        "fingerprint": fingerprint,
-        "inputs": [_input(plan, m) for m in plan.graph.models],
-        "rules": plan.graph.rules(),
-        "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in plan.graph.dropped],
-        "warnings": plan.warnings + job.warnings,
-        "digest_algorithm": ALGORITHM,
-        "tensors": tensors,
-        "run": {
-            "device": plan.device,
-            "threads": plan.budget.threads,
-            "seconds": round(seconds, 3),
-            "planned_peak_bytes": plan.budget.peak,
-            "process_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        },
-    }
-
-
-def _input(plan: Plan, model: str) -> dict[str, Any]:
-    checkpoint = plan.inputs[model]
-    files = [{"file": Path(s.path).name, "bytes": s.size, "header_sha256": s.header} for s in checkpoint.stamps]
-    return {"model": model, "revision": checkpoint.revision, "files": files}
-
-
-def _small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
-    from mergekit_lr.report.card import model_card
-
-    files = dict(plan.files)
-    if plan.config is not None:
-        files["config.json"] = plan.config
-    index = plan.layout.index(plan.parameters)
-    if index is not None:
-        files["model.safetensors.index.json"] = index
-    files["mergekit_lr.yml"] = plan.recipe.text.encode()
-    files["README.md"] = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models]).encode()
-    files["merge_report.json"] = (json.dumps(report, indent=1) + "\n").encode()
-    return files

@@ -1,0 +1,65 @@
+"""What the workers of one run share."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint import fs
+from mergekit_lr.checkpoint.layout import Layout
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.engine.journal import Journal
+from mergekit_lr.graph.nodes import MergeGraph
+
+
+class Stopped(Exception):
+    """Another worker failed, or the user interrupted: leave quietly."""
+
+
+@dataclass
+class Job:
+    """What all workers share."""
+
+    graph: MergeGraph
+    inputs: Mapping[str, Checkpoint]
+    layout: Layout
+    folder: Path
+    journal: Journal
+    device: str
+    piece: int
+    read: int
+    nonfinite: str
+    artifacts: dict[str, Any] = field(default_factory=dict)
+    stop: threading.Event = field(default_factory=threading.Event)
+    done_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    _descriptors: dict[int, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.checkpoints = [self.inputs[m] for m in self.graph.models]
+
+    def shard(self, number: int) -> tuple[int, Path]:
+        """Descriptor and path of an output shard."""
+        path = self.folder / self.layout.shards[number].file
+        with self._lock:
+            if number not in self._descriptors:
+                self._descriptors[number] = fs.open_for_writing(path)
+            return self._descriptors[number], path
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self.done_bytes += nbytes
+
+    def warn(self, text: str) -> None:
+        with self._lock:
+            if text not in self.warnings:
+                self.warnings.append(text)

@@ -1,0 +1,77 @@
+"""The small files of an output folder: report, card, recipe, config, index."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.engine.digest import ALGORITHM, combine
+from mergekit_lr.engine.job import Job
+from mergekit_lr.engine.plan import Plan
+
+
+def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[str, Any]:
+    from mergekit_lr import __version__
+
+    chunks: dict[str, list[tuple[int, list[str]]]] = {}
+    largest: dict[str, float] = {}
+    for unit in plan.units:
+        record = job.journal.done[unit.key(plan.graph)]
+        name = plan.graph.sinks[unit.sink].name
+        chunks.setdefault(name, []).append((unit.start, record["chunks"]))
+        if "max_abs" in record:
+            largest[name] = max(largest.get(name, 0.0), record["max_abs"])
+    digests = {n: combine(c for _, part in sorted(parts) for c in part) for n, parts in chunks.items()}
+    tensors = [
+        {
+            "name": s.name,
+            "rule": s.rule,
+            "dtype": s.dtype,
+            "shape": list(s.shape),
+            "digest": digests[s.name],
+            **({"max_abs": largest[s.name]} if s.name in largest else {}),
+        }
+        for s in plan.graph.sinks
+    ]
+    return {
+        "mergekit_lr": __version__,
+        "merge_method": plan.recipe.merge_method,
+        "recipe_digest": plan.recipe.digest(),
+        "fingerprint": fingerprint,
+        "inputs": [_input(plan, m) for m in plan.graph.models],
+        "rules": plan.graph.rules(),
+        "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in plan.graph.dropped],
+        "warnings": plan.warnings + job.warnings,
+        "digest_algorithm": ALGORITHM,
+        "tensors": tensors,
+        "run": {
+            "device": plan.device,
+            "threads": plan.budget.threads,
+            "seconds": round(seconds, 3),
+            "planned_peak_bytes": plan.budget.peak,
+            "process_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+    }
+
+
+def _input(plan: Plan, model: str) -> dict[str, Any]:
+    checkpoint = plan.inputs[model]
+    files = [{"file": Path(s.path).name, "bytes": s.size, "header_sha256": s.header} for s in checkpoint.stamps]
+    return {"model": model, "revision": checkpoint.revision, "files": files}
+
+
+def small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
+    from mergekit_lr.report.card import model_card
+
+    files = dict(plan.files)
+    if plan.config is not None:
+        files["config.json"] = plan.config
+    index = plan.layout.index(plan.parameters)
+    if index is not None:
+        files["model.safetensors.index.json"] = index
+    files["mergekit_lr.yml"] = plan.recipe.text.encode()
+    files["README.md"] = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models]).encode()
+    files["merge_report.json"] = (json.dumps(report, indent=1) + "\n").encode()
+    return files
