@@ -14,7 +14,8 @@ from mergekit_lr.statistics import Float64, Gram
 if TYPE_CHECKING:
     from torch import Tensor
 
-ANTIPODAL = 1e-4  # within this angle of -m the direction towards a point is lost in rounding
+CANCELLED = 1e-3  # a mean direction shorter than this is lost in the rounding of the Gram matrix
+ANTIPODAL = 1e-3  # within this angle of -m the direction towards a point is lost in rounding
 
 
 class Karcher(Method):
@@ -23,8 +24,9 @@ class Karcher(Method):
     ``u_i = W_i / |W_i|`` over the flattened tensor, a(.,.) the angle. From the normalised arithmetic mean,
     ``m <- exp_m(mean_i log_m(u_i))``, that is ``T = mean_i (a_i / sin a_i) (u_i - cos a_i m)`` and
     ``m <- cos|T| m + sin|T| T / |T|``, until ``|T| < tol`` or ``max_iter`` steps. The result is
-    ``mean_i |W_i|`` times m. Tensors of norm up to ``tol`` have no direction and count for the norm alone;
-    all of them so: zeros. If the directions cancel, the start is the first model's.
+    ``mean_i |W_i|`` times m. Tensors of norm up to ``tol`` have no direction and count for the norm alone; all
+    of them so: zeros. If the directions cancel (their mean is shorter than 1e-3) the start is the first
+    model's. A direction opposite to m (to 1e-3) has no shortest way to it and pulls nowhere.
 
     Every iterate lies in the span of the inputs, so the iteration runs in fp64 on n coefficients with one
     Gram matrix; the tensors are looked at twice, whatever ``max_iter``. Elementwise in fp32, any shape.
@@ -83,7 +85,7 @@ def _mean_on_sphere(gram: Float64, max_iter: int, tol: float) -> Float64:
 
     m = np.full(n, 1 / n)
     size = length(m)
-    m = m / size if size >= tol else np.eye(n)[0]
+    m = m / size if size >= max(tol, CANCELLED) else np.eye(n)[0]
     for _ in range(max_iter):
         cos = np.clip(gram @ m, -1, 1)
         angle = np.arccos(cos)

@@ -9,10 +9,13 @@ import numpy as np
 
 from mergekit_lr.combine import weighted_sum
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Source, Statistics, parameter
-from mergekit_lr.statistics import Float64, Gram
+from mergekit_lr.statistics import Float64, Gram, SquareSum
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+NEARLY_NOTHING = 1e-2  # a mean direction shorter than this is measured by itself, not from the Gram matrix
+NOTHING = 1e-6  # and one shorter than this is rounding
 
 
 class Multislerp(Method):
@@ -51,7 +54,17 @@ class Multislerp(Method):
 
     def _coefficients(self, call: Call) -> Statistics:
         gram = yield Gram()
-        return [float(c) for c in mean_direction(gram, _weights(call), call.merge.eps)]
+        weights, eps = _weights(call), call.merge.eps
+        if not np.isfinite(gram).all():
+            return [math.nan] * len(weights)  # what is not finite must reach the output
+        norms = np.sqrt(gram.diagonal())
+        m = weights / (norms + eps)
+        length = math.sqrt(max(float(m @ gram @ m), 0.0))
+        if length < NEARLY_NOTHING * float(np.abs(weights).sum()):
+            length = yield from _length(m)
+        if length < max(eps, NOTHING):
+            return weights.tolist()
+        return [float(c) for c in m * (float(weights @ norms) * math.cos(eps) / length)]
 
     def coefficients(self, call: Call, state: Any) -> list[float] | None:
         return None if state is None else list(state)
@@ -70,13 +83,11 @@ def _weights(call: Call) -> Float64:
     return weights / weights.sum() if call.merge.normalize_weights else weights
 
 
-def mean_direction(gram: Float64, weights: Float64, eps: float) -> Float64:
-    """Coefficients of the inputs in the result: float64 ``[n]`` from their Gram matrix ``[n, n]``."""
-    if not np.isfinite(gram).all():
-        return np.full(len(gram), math.nan)  # what is not finite must reach the output
-    norms = np.sqrt(gram.diagonal())
-    m = weights / (norms + eps)
-    length = math.sqrt(max(float(m @ gram @ m), 0.0))
-    if length < eps:
-        return weights
-    return m * (float(weights @ norms) * math.cos(eps) / length)
+def _length(coefficients: Float64) -> Statistics:
+    """Norm of a linear combination, from the vector itself: a Gram matrix loses it where the terms cancel."""
+
+    def combination(call: Call, piece: Piece) -> list[Tensor]:
+        return [weighted_sum(piece.tensors, coefficients.tolist())]
+
+    squares = yield SquareSum(combination)
+    return math.sqrt(squares[0])

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_lr.method import Base, Method, Slicing
+from mergekit_lr.method import Base, Method, Slicing, Space
 from mergekit_lr.pieces import apply
 from mergekit_lr.recipe import load_recipe
 from mergekit_lr.registry import builtin_methods
@@ -320,3 +320,35 @@ def test_ulps_count_bf16_steps() -> None:
     assert ulps_bf16(one, -one) > 1000
     assert ulps_bf16(torch.zeros(1), -torch.zeros(1)) == 0
     assert np.isclose(float(torch.finfo(torch.bfloat16).eps), 2**-7)
+
+
+def _watched(method: Method) -> Any:
+    """The method, noting the coefficients that it gives for each piece it merges."""
+
+    class Watched(type(method)):  # type: ignore[misc]
+        def merge(self, call: Any, piece: Any, state: Any) -> torch.Tensor:
+            self.seen.append(self.coefficients(call, state))
+            merged: torch.Tensor = super().merge(call, piece, state)
+            return merged
+
+    watched = Watched()
+    watched.seen = []
+    return watched
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_coefficients_say_what_merge_does(name: str, i: int) -> None:
+    """A method that calls itself a linear combination must be one: of the inputs, in its own space."""
+    method = METHODS[name]
+    for with_base in bases(method):
+        models, base = inputs(method, (40, 33), with_base=with_base)
+        shared, each = EXAMPLES[name][i]
+        watched = _watched(method)
+        out = apply(watched, models, base, merge=shared, models=each[: len(models)])
+        (found,) = watched.seen
+        if found is None:
+            continue
+        delta = method.space(with_base) is Space.DELTA
+        origin = base.double() if delta and base is not None else torch.zeros(40, 33).double()
+        want = origin + sum(c * (m.double() - origin) for c, m in zip(found, models, strict=True))
+        assert torch.allclose(out.double(), want, rtol=1e-6, atol=1e-7)
