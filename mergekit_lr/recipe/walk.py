@@ -39,6 +39,8 @@ UNSUPPORTED = {
 LAYOUT_KEYS = {"slices", "modules"}
 MODEL_KEYS = ("model", "parameters")
 MAX_SEED = 2**63
+PLUGIN_FAILURES = (ImportError, AttributeError, NameError, SyntaxError, TypeError, ValueError)
+"""What importing another distribution's broken method may raise."""
 
 
 def read_recipe(root: Node, problems: Problems, text: str, origin: Path | None) -> Recipe:
@@ -114,7 +116,7 @@ class _Walk:
         if isinstance(name, str):
             try:
                 method = get_method(name)
-            except RecipeError:
+            except (RecipeError, *PLUGIN_FAILURES):
                 return nearest(key, ROOT_KEYS)
             if key in parameter_fields(method.Merge) or key in parameter_fields(method.PerModel):
                 return f"it is a parameter of {name}: put it under `parameters`"
@@ -161,7 +163,7 @@ class _Walk:
         except RecipeError as e:
             what = f"there is no method {shown(node.value)}" if e.what.startswith("there is no") else str(e)
             self.problems.add(node.mark, "merge_method", what, known(node.value))
-        except (ImportError, AttributeError) as e:
+        except PLUGIN_FAILURES as e:
             self.problems.add(
                 node.mark, "merge_method", f"the plug-in for {shown(node.value)} fails: {e}", "mend or uninstall it"
             )

@@ -173,6 +173,12 @@ def test_a_broken_plugin_is_a_problem_with_a_place() -> None:
         assert message in problem
 
 
+def test_a_broken_plugin_beside_another_mistake() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("merge_method: broken\ndtpye: float32\nmodels: [{model: a}]\n")
+    assert [p.split(": ")[0] for p in caught.value.problems] == ["recipe:1:15", "recipe:2:1"]
+
+
 def test_broken_plugins_break_nothing_else() -> None:
     assert load_recipe({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}]})
     listed = methods()
