@@ -7,6 +7,7 @@ only if it is asked for, converted in a confined process of its own.
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from mergekit_lr.checkpoint.model import Checkpoint, inside, open_file, open_folder
@@ -55,8 +56,8 @@ def local_path(place: Place, *, cache: Path | None = None) -> Path:
 
 def _locate(place: Place, cache: Path | None, *, adapter: bool, allow_pickle: bool) -> tuple[Path, str | None]:
     """Local path and, for a Hub model, the commit it was taken at."""
-    path = Path(place.path).expanduser()
-    if path.exists():
+    path = local(place)
+    if exists(path):
         return path, None
     if not _is_remote(place):
         raise _missing(place, path)
@@ -68,11 +69,21 @@ def _locate(place: Place, cache: Path | None, *, adapter: bool, allow_pickle: bo
 def _is_remote(place: Place) -> bool:
     """It names no local path, and is written like ``org/name``."""
     named = place.is_hub_id and "/" in place.path and not place.path.endswith(".safetensors")
-    return named and not Path(place.path).expanduser().exists()
+    return named and not exists(local(place))
+
+
+def local(place: Place) -> Path:
+    """The local path that a place means if it means one; ``~`` is the home folder where there is one."""
+    return Path(os.path.expanduser(place.path))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a path; no error for one that is too long, or may not be looked at."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _hint(place: Place) -> str:
-    beside = _neighbours(Path(place.path).expanduser())
+    beside = _neighbours(local(place))
     return f"; on this machine there is {beside[0]}" if beside else ""
 
 
@@ -85,7 +96,7 @@ def _missing(place: Place, path: Path) -> CheckpointError:
 def _neighbours(path: Path) -> list[str]:
     """Paths that exist and are spelt almost like this one."""
     for parent in path.parents:
-        if parent.is_dir():
+        if os.path.isdir(parent):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
             break
     else:
         return []

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lr.checkpoint.open import exists, local
 from mergekit_lr.checkpoint.reference import ModelReference, Place
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def escape(text: str) -> str:
 def display_name(place: Place) -> str:
     """A Hub id as it is, a local path by its last part: where it lay on a disk is nobody's business."""
     if is_local(place):
-        path = Path(place.path).expanduser()
+        path = local(place)
         name = path.name or path.resolve().name
         return "".join(c if c.isprintable() else " " for c in name)
     return place.path
@@ -96,7 +97,7 @@ def display_name(place: Place) -> str:
 
 def is_local(place: Place) -> bool:
     """It was read from this machine's disk, not from the Hub."""
-    return not place.is_hub_id or "/" not in place.path or Path(place.path).expanduser().exists()
+    return not place.is_hub_id or "/" not in place.path or exists(local(place))
 
 
 def _places(reference: ModelReference) -> list[Place]:

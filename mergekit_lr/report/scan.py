@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_lr.checkpoint.dtypes import torch_dtype
+from mergekit_lr.checkpoint.dtypes import ITEM_BYTES, torch_dtype
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.engine.digest import ChunkDigests, combine
 from mergekit_lr.errors import CheckpointError
@@ -19,9 +19,20 @@ from mergekit_lr.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOATING = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "C64"})
-PIECE = 4 << 20
-"""Bytes looked at at once: a multiple of every element size."""
+PIECE = 1 << 20
+"""Bytes looked at at once: they stay in cache, and are a multiple of every element size."""
+
+# An IEEE value is not finite if its bits, less the sign, are at least those of infinity (of NaN for F8_E4M3, which
+# has no infinity). Integer operations are several times faster than isfinite on 16-bit floats.
+_NOT_FINITE_FROM = {
+    "F8_E4M3": ("uint8", 0x7F),
+    "F8_E5M2": ("uint8", 0x7C),
+    "F16": ("int16", 0x7C00),
+    "BF16": ("int16", 0x7F80),
+    "F32": ("int32", 0x7F80_0000),
+    "C64": ("int32", 0x7F80_0000),
+    "F64": ("int64", 0x7FF0_0000_0000_0000),
+}
 
 
 def scan(folder: Path, tensors: Mapping[str, tuple[TensorInfo, str]]) -> tuple[dict[str, str], list[str]]:
@@ -29,24 +40,31 @@ def scan(folder: Path, tensors: Mapping[str, tuple[TensorInfo, str]]) -> tuple[d
 
     ``tensors`` maps a name to its header entry and the file in ``folder`` that holds it.
     """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a piece is too small to share: waking the others costs more than the work
+    try:
+        return _scan(folder, tensors)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _scan(folder: Path, tensors: Mapping[str, tuple[TensorInfo, str]]) -> tuple[dict[str, str], list[str]]:
     digests: dict[str, str] = {}
     problems: list[str] = []
     buffer = torch.empty(PIECE, dtype=torch.uint8)
+    scratch = torch.empty_like(buffer)
     for info, file in sorted(tensors.values(), key=lambda t: (t[1], t[0].offset)):
         running = ChunkDigests()
         bad, first, seen = 0, -1, 0
         try:
             for piece in pieces(folder / file, info, buffer):
                 running.update(piece.numpy().data)
-                if info.dtype not in FLOATING:
-                    continue
-                values = piece.view(torch_dtype(info.dtype))
-                wrong = ~torch.isfinite(values if values.dtype.itemsize > 1 else values.float())
-                here = int(wrong.sum())
-                if here and not bad:
-                    first = seen + int(wrong.to(torch.uint8).argmax())
-                bad += here
-                seen += values.numel()
+                if spoilt(piece, info.dtype, scratch):
+                    values = piece.view(torch_dtype(info.dtype))
+                    wrong = ~torch.isfinite(values if values.dtype.itemsize > 1 else values.float())
+                    first = first if bad else seen + int(wrong.to(torch.uint8).argmax())
+                    bad += int(wrong.sum())
+                seen += piece.numel() // ITEM_BYTES[info.dtype]
         except CheckpointError as e:
             problems.append(str(e))
             continue
@@ -54,6 +72,17 @@ def scan(folder: Path, tensors: Mapping[str, tuple[TensorInfo, str]]) -> tuple[d
             problems.append(f"{info.name!r} holds {bad} values that are NaN or infinite, the first at {first}")
         digests[info.name] = combine(running.finish())
     return digests, problems
+
+
+def spoilt(piece: Tensor, dtype: str, scratch: Tensor) -> bool:
+    """Whether any of the values in ``piece`` (bytes of one dtype) is NaN or infinite; ``scratch`` is as long."""
+    if dtype not in _NOT_FINITE_FROM:
+        return False
+    kind, limit = _NOT_FINITE_FROM[dtype]
+    whole = getattr(torch, kind)
+    sign = (1 << (8 * whole.itemsize - 1)) - 1
+    bits = torch.bitwise_and(piece.view(whole), sign, out=scratch[: piece.numel()].view(whole))
+    return int(bits.amax()) >= limit
 
 
 def pieces(path: Path, info: TensorInfo, buffer: Tensor) -> Iterator[Tensor]:

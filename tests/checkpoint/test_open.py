@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mergekit_lr.checkpoint.open import local_path, open_model
 from mergekit_lr.checkpoint.reference import ModelReference, Place
-from mergekit_lr.errors import CheckpointError
+from mergekit_lr.errors import CheckpointError, RecipeError
 
 from .conftest import reference, seeded
 
@@ -139,3 +141,17 @@ def test_config_that_is_no_object(make_folder: Folder) -> None:
     (folder / "config.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match="does not hold an object"):
         open_model(reference(folder))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(max_size=30)
+    | st.sampled_from(["~nobody/x", "a" * 300, "a/" * 2000, "~", "/", ".", "//", "/proc/1/mem", "/dev/zero"])
+)
+def test_any_reference_opens_or_raises_one_family(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(place: Place, **_: object) -> None:
+        raise CheckpointError("no network in this test", where=str(place))
+
+    monkeypatch.setattr("mergekit_lr.checkpoint.hub.fetch", no_network)
+    with pytest.raises((CheckpointError, RecipeError)):
+        open_model(ModelReference.parse(text))
