@@ -15,7 +15,7 @@ from mergekit_lr.arch.tied import EMBEDDINGS, HEADS
 from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header
 from mergekit_lr.checkpoint.model import inside, read_json, read_weight_map
 from mergekit_lr.engine.digest import ALGORITHM
-from mergekit_lr.errors import CheckpointError
+from mergekit_lr.errors import CheckpointError, VerificationError
 from mergekit_lr.report.consistency import config_problems, layer_outliers, text_config
 from mergekit_lr.report.scan import scan
 
@@ -91,6 +91,17 @@ def verify(path: str | Path, *, weights: bool = True) -> Verification:
         root = folder if folder.is_dir() else folder.parent
         _check_weights(result, root, tensors, claimed, config)
     return result
+
+
+def check_output(folder: Path) -> None:
+    """What a finished folder must hold before anyone may load it, without reading weights again.
+
+    Raises:
+        VerificationError: config, index and shards do not fit each other; every problem is in the message.
+    """
+    found = verify(folder, weights=False).problems
+    if found:
+        raise VerificationError("the output does not hold together", where=str(folder), why="; ".join(found))
 
 
 def _wanted(folder: Path, mapped: dict[str, set[str]] | None) -> set[str]:

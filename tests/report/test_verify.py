@@ -16,10 +16,10 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from mergekit_lr.engine.digest import ALGORITHM, CHUNK
-from mergekit_lr.errors import CheckpointError
+from mergekit_lr.errors import CheckpointError, VerificationError
 from mergekit_lr.lazy import torch
 from mergekit_lr.report import scan as scan_module
-from mergekit_lr.report.verify import Verification, verify
+from mergekit_lr.report.verify import Verification, check_output, verify
 
 from .conftest import FAMILIES, edit_config
 
@@ -199,6 +199,16 @@ def test_a_spoilt_folder_is_found_out(case: str, model: Model) -> None:
     spoil(folder)
     found = problems(folder, weights=False)
     assert any(message in p for p in found), found
+
+
+def test_a_spoilt_output_is_not_committed(model: Model) -> None:
+    folder = model(vocab_size=65, num_hidden_layers=3)
+    with pytest.raises(VerificationError) as caught:
+        check_output(folder)
+    assert caught.value.exit_code == 6
+    assert "vocab_size 65" in str(caught.value) and "model.layers.2" in str(caught.value)
+    edit_config(folder, vocab_size=64, num_hidden_layers=2)
+    check_output(folder)
 
 
 def test_two_files_without_index_hold_the_same_tensor(model: Model) -> None:
