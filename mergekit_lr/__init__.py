@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mergekit_lr.engine.run import merge as merge
     from mergekit_lr.evaluate import evaluate as evaluate
     from mergekit_lr.recipe import load_recipe as load_recipe
+    from mergekit_lr.recipe.json_schema import schema as schema
+    from mergekit_lr.recipe.load import check as check
     from mergekit_lr.report.inspect import inspect as inspect
     from mergekit_lr.report.verify import verify as verify
 
@@ -22,12 +24,14 @@ _HOMES = {
     "merge": "mergekit_lr.engine.run",
     "MergeResult": "mergekit_lr.engine.run",
     "plan": "mergekit_lr.engine.api",
+    "check": "mergekit_lr.recipe.load",
     "load_recipe": "mergekit_lr.recipe",
+    "schema": "mergekit_lr.recipe.json_schema",
     "inspect": "mergekit_lr.report.inspect",
     "verify": "mergekit_lr.report.verify",
     "evaluate": "mergekit_lr.evaluate",
 }
-__all__ = ["MergeResult", "evaluate", "inspect", "load_recipe", "merge", "plan", "verify"]
+__all__ = ["MergeResult", "check", "evaluate", "inspect", "load_recipe", "merge", "plan", "schema", "verify"]
 
 
 def __getattr__(name: str) -> Any:

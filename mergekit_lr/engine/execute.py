@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -222,7 +223,7 @@ class Looks:
         return fold_all(wanted, self.pieces(wanted))
 
 
-def work(job: Job, queue: deque[Unit], failures: list[BaseException]) -> None:
+def work(job: Job, queue: deque[Unit], failures: list[BaseException], finished: threading.Event) -> None:
     """A worker thread: take units until there are none, or until something failed anywhere."""
     # One thread inside each operation: the split of a reduction must not depend on the machine.
     torch.set_num_threads(1)
@@ -240,6 +241,8 @@ def work(job: Job, queue: deque[Unit], failures: list[BaseException]) -> None:
     except BaseException as e:  # handed to the main thread, which raises it
         failures.append(e)
         job.stop.set()
+    finally:
+        finished.set()
 
 
 def _stream(device: str) -> Any:

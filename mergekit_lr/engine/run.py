@@ -169,22 +169,22 @@ def _drain(plan: Plan, job: Job, progress: Progress | None) -> None:
     todo = deque(u for u in plan.units if u.key(plan.graph) not in job.journal.done)
     total = bytes_of(plan)
     failures: list[BaseException] = []
-    threads = [
-        threading.Thread(target=work, args=(job, todo, failures), daemon=True) for _ in range(plan.budget.threads)
-    ]
-    for t in threads:
-        t.start()
+    # Events, not Thread.join: an interrupted join marks a running thread as ended on CPython 3.11, and the
+    # workspace must not be released while anyone still writes to it.
+    finished = [threading.Event() for _ in range(plan.budget.threads)]
+    for event in finished:
+        threading.Thread(target=work, args=(job, todo, failures, event), daemon=True).start()
     try:
-        for t in threads:
-            while t.is_alive():
-                t.join(TICK)
+        for event in finished:
+            while not event.wait(TICK):
                 if progress is not None:
                     progress(ProgressEvent(job.done_bytes, total, "merging"))
-    except BaseException:
+    finally:
         job.stop.set()
-        for t in threads:
-            t.join()
-        raise
+        for event in finished:
+            event.wait()
+    if progress is not None:
+        progress(ProgressEvent(total, total, "merging"))
     if failures:
         raise failures[0]
 
