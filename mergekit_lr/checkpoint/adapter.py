@@ -153,7 +153,7 @@ def read_config(folder: Path) -> AdapterConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _check_pattern(pattern: str, path: Path) -> None:
@@ -206,6 +206,8 @@ def plan_updates(base: Checkpoint, adapter: Checkpoint, config: AdapterConfig) -
             target = plain
         if target is None:
             problems.append(f"adapter tensor {name!r} has no place in the base model")
+        elif target in base.tensors and base.tensors[target].dtype not in AVERAGED:
+            problems.append(f"{target!r} is stored as {base.tensors[target].dtype} and cannot be replaced")
         else:
             updates[target] = Update(replaced=name)
     for module, roles in modules.items():

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from mergekit_lr.checkpoint import adapter as adapter_module
 from mergekit_lr.checkpoint.lora import AdaptedCheckpoint, block_rows
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
@@ -442,3 +443,39 @@ def test_closing_lets_go_of_both(tmp_path: Path) -> None:
     assert checkpoint.base._descriptors and checkpoint.adapter._descriptors
     checkpoint.close()
     assert not checkpoint.base._descriptors and not checkpoint.adapter._descriptors
+
+
+_scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from([10**400, -1, "LORA", "true", "[[a]", "(?i)q", "a{2}"])
+    | st.text(max_size=4)
+)
+_settings = st.dictionaries(
+    st.sampled_from(sorted(adapter_module._USED | {"base_model_name_or_path", "modules_to_save", "new"})),
+    _scalars | st.lists(_scalars, max_size=2) | st.dictionaries(st.text(max_size=4), _scalars, max_size=2),
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=_settings)
+def test_any_configuration_works_or_raises_one_family(
+    changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("c")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of re, about odd sets in patterns
+        try:
+            with open_model(reference(*hand_made(folder, W, AB, **changes))) as checkpoint:
+                assert whole(checkpoint, "m.weight").shape == (5, 3)
+        except CheckpointError as e:
+            assert "\n" not in str(e)
+
+
+def test_integers_are_not_replaced_by_an_adapter(tmp_path: Path) -> None:
+    base, adapter = hand_made(tmp_path, {**W, "i": torch.ones(3, dtype=torch.int64)}, {**AB, "i": seeded(1, 3)})
+    with pytest.raises(CheckpointError, match="'i' is stored as I64"):
+        open_model(reference(base, adapter))
