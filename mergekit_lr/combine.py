@@ -15,6 +15,8 @@ from mergekit_lr.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_AMPLIFIED = 16.0
+
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum_i w_i x_i`` in input order, each product rounded before it is added. A new tensor."""
@@ -22,6 +24,15 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for x, w in zip(tensors[1:], weights[1:], strict=True):
         out.add_(x * w)
     return out
+
+
+def summable(coefficients: Sequence[float]) -> list[float] | None:
+    """The coefficients, unless they are so large that their sum loses what it is made of.
+
+    ``base + sum_i c_i (W_i - base)`` may be formed as ``(1 - sum_i c_i) base + sum_i c_i W_i``, whose rounding
+    grows with ``sum_i |c_i|``. Up to 16 it stays well below the last bit of a 16-bit float. NaN passes.
+    """
+    return None if sum(abs(c) for c in coefficients) > MOST_AMPLIFIED else list(coefficients)
 
 
 def sum_in_place(parts: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from mergekit_lr.combine import agreeing_sum, majority_sign, sum_in_place
+from mergekit_lr.combine import agreeing_sum, majority_sign, sum_in_place, summable
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Slicing, Statistics, parameter
 from mergekit_lr.sparsify import KeepAll, Sparsifier
 from mergekit_lr.statistics import Float64, Sum
@@ -152,7 +152,7 @@ class TaskVectorMethod(Method):
         weights = call.values("weight")
         total = sum(weights)
         divisor = total if call.merge.normalize and abs(total) >= NO_WEIGHT else 1.0
-        return [w * (call.merge.lam / divisor) for w in weights]
+        return summable([w * (call.merge.lam / divisor) for w in weights])
 
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         state = state or _State(None, None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_lr.combine import weighted_sum
+from mergekit_lr.combine import summable, weighted_sum
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Source, Statistics, parameter
 from mergekit_lr.statistics import Float64, Gram
 
@@ -55,7 +55,7 @@ class Karcher(Method):
         return [float(c) for c in karcher_mean(gram, call.merge.max_iter, call.merge.tol)]
 
     def coefficients(self, call: Call, state: Any) -> list[float] | None:
-        return None if state is None else list(state)
+        return None if state is None else summable(state)
 
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         return piece.tensors[0].clone() if state is None else weighted_sum(piece.tensors, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.combine import weighted_sum
+from mergekit_lr.combine import summable, weighted_sum
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Source, parameter
 
 if TYPE_CHECKING:
@@ -32,15 +32,19 @@ class Linear(Method):
     class PerModel(Parameters):
         weight: float = parameter(allow_inf_nan=False, description="share of this model")
 
-    def coefficients(self, call: Call, state: Any) -> list[float]:
-        weights = call.values("weight")
-        total = sum(weights) if call.merge.normalize else 1.0
-        return [w / total for w in weights]
+    def coefficients(self, call: Call, state: Any) -> list[float] | None:
+        return summable(_shares(call))
 
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
-        return weighted_sum(piece.tensors, self.coefficients(call, state))
+        return weighted_sum(piece.tensors, _shares(call))
 
     def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
         if merge.normalize and abs(sum(m.weight for m in models)) < 1e-8:
             return ["the weights sum to zero, so normalize has nothing to divide by; set normalize: false"]
         return []
+
+
+def _shares(call: Call) -> list[float]:
+    weights = call.values("weight")
+    total = sum(weights) if call.merge.normalize else 1.0
+    return [w / total for w in weights]

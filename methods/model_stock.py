@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_lr.combine import weighted_sum
+from mergekit_lr.combine import summable, weighted_sum
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Slicing, Source, Statistics, parameter
 from mergekit_lr.statistics import Float64, Gram, row_products
@@ -60,7 +60,7 @@ class ModelStock(Method):
 
     def coefficients(self, call: Call, state: Any) -> list[float] | None:
         n = len(call.models)
-        return None if state is None else [state / n] * n
+        return None if state is None else summable([state / n] * n)
 
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         n = len(piece.tensors)

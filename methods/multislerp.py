@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_lr.combine import weighted_sum
+from mergekit_lr.combine import summable, weighted_sum
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Source, Statistics, parameter
 from mergekit_lr.statistics import Float64, Gram, SquareSum
 
@@ -27,9 +27,9 @@ class Multislerp(Method):
     nothing, ``sum_i w_i (u_i - <u_i, m> m / |m|^2) = m - m = 0``, so the step has the length eps it is kept
     from vanishing by, and the formula above is what remains. One model is returned as it is.
 
-    Where ``|m| < eps`` (directions cancel, or all X_i are zero) the result is ``sum_i w_i X_i``. mergekit
-    does so for two models and stops with an error for more. Elementwise in fp32, any shape, coefficients in
-    fp64 from one extra look.
+    Where ``|m| < max(eps, 1e-6)`` (directions cancel, or all X_i are zero) the result is ``sum_i w_i X_i``.
+    mergekit does so for two models and stops with an error for more. Elementwise in fp32, any shape,
+    coefficients in fp64 from one extra look, two where directions nearly cancel.
 
     Source: Goddard, "Multi-SLERP", https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
     """
@@ -58,7 +58,7 @@ class Multislerp(Method):
         if not np.isfinite(gram).all():
             return [math.nan] * len(weights)  # what is not finite must reach the output
         norms = np.sqrt(gram.diagonal())
-        m = weights / (norms + eps)
+        m = np.where(norms > 0, weights / (norms + eps), 0)
         length = math.sqrt(max(float(m @ gram @ m), 0.0))
         if length < NEARLY_NOTHING * float(np.abs(weights).sum()):
             length = yield from _length(m)
@@ -67,7 +67,7 @@ class Multislerp(Method):
         return [float(c) for c in m * (float(weights @ norms) * math.cos(eps) / length)]
 
     def coefficients(self, call: Call, state: Any) -> list[float] | None:
-        return None if state is None else list(state)
+        return None if state is None else summable(state)
 
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         return piece.tensors[0].clone() if state is None else weighted_sum(piece.tensors, state)

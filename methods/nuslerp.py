@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_lr.combine import weighted_sum
+from mergekit_lr.combine import summable, weighted_sum
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Slicing, Source, Statistics, parameter
 from mergekit_lr.statistics import Float64, Gram, column_products, row_products
@@ -70,7 +70,7 @@ class Nuslerp(Method):
         return [float(c) for c in arc(gram, _ratio(call))]
 
     def coefficients(self, call: Call, state: Any) -> list[float] | None:
-        return None if state is None else list(state)
+        return None if state is None else summable(state)
 
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         if state is not None:

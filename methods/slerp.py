@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.combine import weighted_sum
+from mergekit_lr.combine import summable, weighted_sum
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Source, Statistics, parameter
 from mergekit_lr.statistics import Gram
 
@@ -56,7 +56,7 @@ class Slerp(Method):
         return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
 
     def coefficients(self, call: Call, state: Any) -> list[float] | None:
-        return list(state)
+        return summable(state)
 
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         return weighted_sum(piece.tensors, state)

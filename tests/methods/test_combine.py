@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lr.combine import agreeing_sum, majority_sign, sum_in_place, weighted_sum
+from mergekit_lr.combine import agreeing_sum, majority_sign, sum_in_place, summable, weighted_sum
 
 SMALL_GRID = st.integers(-3, 3)
 
@@ -65,6 +65,12 @@ def test_weighted_sum_rounds_each_product_and_makes_a_new_tensor() -> None:
     assert np.array_equal(got.numpy(), want)
     assert x.tolist() == [pytest.approx(0.1), 3.0]
     assert sum_in_place([x, y]) is x
+
+
+def test_large_coefficients_are_not_summed_from_weights() -> None:
+    assert summable([1.0, -15.0]) == [1.0, -15.0]
+    assert summable([1e7, 0.6]) is None
+    assert str(summable([float("nan"), 1.0])) == "[nan, 1.0]"
 
 
 def test_nothing_to_add_is_an_error() -> None:
