@@ -178,7 +178,11 @@ def _attention(text: Mapping[str, Any], tensors: Tensors) -> list[str]:
         expected[".mlp.up_proj.weight"] = (f"intermediate_size {inner}", (inner, hidden))
         expected[".mlp.down_proj.weight"] = (f"intermediate_size {inner}", (hidden, inner))
     wrong: dict[str, list[str]] = defaultdict(list)
+    main = main_stack(layers_by_stack(tensors))
     for name, info in tensors.items():
+        place = layer_of(name)
+        if place is None or place[0] != main:  # a vision tower has sizes of its own
+            continue
         for ending, (key, shape) in expected.items():
             if name.endswith(ending) and info.shape != shape:
                 wrong[f"{key} in config.json asks for {list(shape)}"].append(f"{name!r} is {list(info.shape)}")

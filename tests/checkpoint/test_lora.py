@@ -393,6 +393,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "pattern that explodes": (AB, {"alpha_pattern": {"(a+)+b": 1}}, "could take for ever"),
     "pattern that does not compile": (AB, {"alpha_pattern": {"(": 1}}, "bad module pattern"),
     "pattern to zero": (AB, {"rank_pattern": {"m": 0}}, "positive numbers"),
+    "bias on A": ({**AB, "m.lora_A.bias": seeded(1, 2)}, {}, "has a bias on A"),
+    "embedding factors the wrong way round": (
+        {"m.lora_embedding_A": seeded(1, 2, 3), "m.lora_embedding_B": seeded(1, 5, 2)}, {}, "the embedding factors",
+    ),
     "bias without base bias": (
         {**AB, "m.lora_B.bias": seeded(1, 4)}, {"lora_bias": True}, "the base has no such bias",
     ),
@@ -478,4 +482,20 @@ def test_any_configuration_works_or_raises_one_family(
 def test_integers_are_not_replaced_by_an_adapter(tmp_path: Path) -> None:
     base, adapter = hand_made(tmp_path, {**W, "i": torch.ones(3, dtype=torch.int64)}, {**AB, "i": seeded(1, 3)})
     with pytest.raises(CheckpointError, match="'i' is stored as I64"):
+        open_model(reference(base, adapter))
+
+
+def test_reading_order_follows_the_files(tmp_path: Path) -> None:
+    base, adapter = hand_made(tmp_path, W, {**AB, "m.bias": seeded(3, 5)})
+    with open_model(reference(base, adapter)) as checkpoint:
+        weight, bias = (checkpoint.file_position(n) for n in ("m.weight", "m.bias"))
+        assert weight == (str(base / "model.safetensors"), checkpoint.tensors["m.weight"].offset)
+        assert bias[0] == str(adapter / "adapter_model.safetensors")
+        assert bias[1] == checkpoint.tensors["m.bias"].offset
+
+
+def test_configuration_that_is_no_object(tmp_path: Path) -> None:
+    base, adapter = hand_made(tmp_path, W, AB)
+    (adapter / "adapter_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="does not hold an object"):
         open_model(reference(base, adapter))

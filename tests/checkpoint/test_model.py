@@ -308,3 +308,19 @@ def test_pickled_folder_says_why(make_folder: Folder) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="a pickle can run code"):
         open_folder(folder, "r")
+
+
+def test_reading_order_follows_the_file(tmp_path: Path) -> None:
+    save_file({n: torch.zeros(i + 1) for i, n in enumerate("cab")}, tmp_path / "m.safetensors")
+    with open_file(tmp_path / "m.safetensors", "m") as checkpoint:
+        order = sorted(checkpoint.tensors, key=checkpoint.file_position)
+        assert order == sorted(order, key=lambda n: checkpoint.tensors[n].offset)
+        assert len({checkpoint.file_position(n) for n in order}) == 3
+
+
+def test_a_file_that_is_gone_when_it_is_read(tmp_path: Path) -> None:
+    save_file({"t": torch.zeros(5)}, tmp_path / "m.safetensors")
+    with open_file(tmp_path / "m.safetensors", "m") as checkpoint:
+        (tmp_path / "m.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="cannot open the file"):
+            checkpoint.read("t", 0, 5)

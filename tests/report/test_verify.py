@@ -118,6 +118,27 @@ def test_nested_text_config_is_read(model: Model) -> None:
     assert any("6 experts" in p for p in problems(folder))
 
 
+def test_a_vision_tower_has_sizes_of_its_own(model: Model) -> None:
+    folder = model()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"architectures": ["X"], "model_type": "x", "text_config": config}))
+    tensors = load_file(folder / "model.safetensors")
+    tower = {f"vision_tower.layers.{i}.self_attn.q_proj.weight": torch.zeros(8, 8) for i in range(5)}
+    save({**tensors, **tower}, folder / "model.safetensors")
+    assert problems(folder) == []
+    edit_config(folder, text_config={**config, "num_attention_heads": 2, "head_dim": 8})
+    assert any("num_attention_heads 2 x head_dim 8" in p for p in problems(folder))
+
+
+def test_experts_in_fused_tensors(tmp_path: Path) -> None:
+    shapes = {"gate_up_proj": (4, 6, 8), "down_proj": (4, 8, 3), "gate_up_proj_bias": (4, 6)}
+    tensors = {f"model.layers.{i}.mlp.experts.{k}": torch.zeros(s) for i in range(2) for k, s in shapes.items()}
+    save(tensors, tmp_path / "model.safetensors")
+    for claimed, sound in ((4, True), (8, False)):
+        (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2, "num_local_experts": claimed}))
+        assert (problems(tmp_path) == []) == sound
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_uneven_experts_and_routers(family: str, model: Model) -> None:
     folder = model(family)
