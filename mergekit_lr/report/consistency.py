@@ -126,7 +126,7 @@ def _layers(config: Mapping[str, Any], tensors: Tensors) -> list[str]:
     extra = whole(text_config(config), "num_nextn_predict_layers", "mtp_num_hidden_layers") or 0
     if max(present) + 1 > claimed + extra or len(absent) > claimed // 2:
         return [f"config.json says {claimed} layers, but {main} has {len(present)}"]
-    return [f"config.json says {claimed} layers, but {main}.{absent[0]} is missing{_more(absent)}"] if absent else []
+    return [f"config.json says {claimed} layers, but {main}.{absent[0]} is missing{more(absent)}"] if absent else []
 
 
 def main_stack(stacks: Mapping[str, set[int]]) -> str | None:
@@ -186,7 +186,7 @@ def _attention(text: Mapping[str, Any], tensors: Tensors) -> list[str]:
         for ending, (key, shape) in expected.items():
             if name.endswith(ending) and info.shape != shape:
                 wrong[f"{key} in config.json asks for {list(shape)}"].append(f"{name!r} is {list(info.shape)}")
-    return [f"{claim}, but {found[0]}{_more(found)}" for claim, found in wrong.items()]
+    return [f"{claim}, but {found[0]}{more(found)}" for claim, found in wrong.items()]
 
 
 def _head(config: Mapping[str, Any], tensors: Tensors) -> list[str]:
@@ -221,5 +221,6 @@ def dtype_bytes(tensors: Tensors) -> dict[str, int]:
     return dict(total.most_common())
 
 
-def _more(found: Sequence[object]) -> str:
+def more(found: Sequence[object]) -> str:
+    """What follows the first of several findings in a message."""
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""

@@ -16,12 +16,13 @@ from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header
 from mergekit_lr.checkpoint.model import inside, read_json, read_weight_map
 from mergekit_lr.engine.digest import ALGORITHM
 from mergekit_lr.errors import CheckpointError, VerificationError
-from mergekit_lr.report.consistency import config_problems, layer_outliers, text_config
+from mergekit_lr.report.consistency import config_problems, layer_outliers, more, text_config
 from mergekit_lr.report.scan import scan
 
 INDEX = "model.safetensors.index.json"
 REPORT = "merge_report.json"
 MAX_REPORT = 1 << 30
+MAX_LINES = 3
 
 
 @dataclass
@@ -69,7 +70,7 @@ def verify(path: str | Path, *, weights: bool = True) -> Verification:
         mapped, report = None, None
     elif folder.is_dir():
         mapped = _weight_map(result, folder)
-        headers = _read_headers(result, folder, sorted(_wanted(folder, mapped)))
+        headers = _read_headers(result, folder, _counting(result, folder, mapped))
         report = _json(result, folder, REPORT, MAX_REPORT)
     else:
         raise CheckpointError("no such model", where=str(path), fix="give a folder or a .safetensors file")
@@ -104,9 +105,20 @@ def check_output(folder: Path) -> None:
         raise VerificationError("the output does not hold together", where=str(folder), why="; ".join(found))
 
 
-def _wanted(folder: Path, mapped: dict[str, set[str]] | None) -> set[str]:
+def _counting(result: Verification, folder: Path, mapped: dict[str, set[str]] | None) -> list[str]:
+    """Files that hold the model: the index's, or ``model.safetensors``, or all; any other safetensors is stray."""
     present = {p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_")}
-    return present | set(mapped or ())
+    if mapped is not None:
+        counting = set(mapped)
+    elif "model.safetensors" in present and not (folder / INDEX).exists():
+        counting = {"model.safetensors"}
+    else:
+        counting = present
+    result.problems += [
+        f"{name} is no part of the model, but loaders that take every safetensors file would read it"
+        for name in sorted(present - counting)
+    ]
+    return sorted(counting)
 
 
 def _weight_map(result: Verification, folder: Path) -> dict[str, set[str]] | None:
@@ -138,28 +150,22 @@ def _placement(
     tensors: dict[str, tuple[TensorInfo, str]] = {}
     owner = {name: file for file, names in (mapped or {}).items() for name in names}
     for file, header in headers.items():
-        listed = None if mapped is None else mapped.get(file)
-        if mapped is not None and listed is None:
-            result.problems.append(f"{file} is not in the index, and loaders that take every file would read it")
-            continue
-        unlisted = sorted(set(header.tensors) - listed) if listed is not None else []
-        for name in unlisted[:3]:
+        listed = set(header.tensors) if mapped is None else mapped[file]
+        unlisted = sorted(set(header.tensors) - listed)
+        for name in unlisted[:MAX_LINES]:
             elsewhere = f" (it places that tensor in {owner[name]})" if name in owner else ""
             result.problems.append(f"{file} holds {name!r}, which the index does not list there{elsewhere}")
-        if len(unlisted) > 3:
+        if len(unlisted) > MAX_LINES:
             result.problems.append(f"{file} holds {len(unlisted)} tensors that the index does not list there")
-        for name, info in header.tensors.items():
-            if listed is not None and name not in listed:
-                continue
-            if name in tensors:
-                result.problems.append(f"tensor {name!r} is in both {tensors[name][1]} and {file}")
-            else:
-                tensors[name] = (info, file)
+        twice = sorted(set(header.tensors) & listed & set(tensors))
+        if twice:
+            where = f"both {tensors[twice[0]][1]} and {file}"
+            result.problems.append(f"tensor {twice[0]!r} is in {where}{more(twice)}")
+        tensors |= {n: (header.tensors[n], file) for n in header.tensors if n in listed and n not in tensors}
     for file, names in (mapped or {}).items():
         absent = sorted(names - set(headers[file].tensors)) if file in headers else []
         if absent:
-            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            result.problems.append(f"the index places {absent[0]!r} in {file}, which does not hold it{more}")
+            result.problems.append(f"the index places {absent[0]!r} in {file}, which does not hold it{more(absent)}")
     return tensors
 
 

@@ -169,9 +169,9 @@ def index_of(folder: Path) -> dict[str, str]:
 
 SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing shard": (lambda d: (d / "model-00002-of-00002.safetensors").unlink(), "cannot open the file"),
-    "stray file": (lambda d: save({"x": torch.zeros(1)}, d / "model.safetensors"), "is not in the index"),
+    "stray file": (lambda d: save({"x": torch.zeros(1)}, d / "model.safetensors"), "is no part of the model"),
     "stray copy": (
-        lambda d: shutil.copy(d / "model-00001-of-00002.safetensors", d / "old.safetensors"), "is not in the index",
+        lambda d: shutil.copy(d / "model-00001-of-00002.safetensors", d / "old.safetensors"), "is no part of the model",
     ),
     "entry without tensor": (
         lambda d: write_index(d, {**index_of(d), "ghost": "model-00001-of-00002.safetensors"}, 0), "'ghost'",
@@ -232,10 +232,22 @@ def test_a_spoilt_output_is_not_committed(model: Model) -> None:
     check_output(folder)
 
 
-def test_two_files_without_index_hold_the_same_tensor(model: Model) -> None:
+def test_files_beside_the_one_that_counts(model: Model) -> None:
+    """vLLM reads every safetensors file where there is no index: optimizer state would become weights."""
     folder = model()
-    shutil.copy(folder / "model.safetensors", folder / "model2.safetensors")
-    assert any("is in both" in p for p in problems(folder, weights=False))
+    shutil.copy(folder / "model.safetensors", folder / "adam.safetensors")
+    shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    result = verify(folder)
+    assert len(result.problems) == 1 and "adam.safetensors is no part of the model" in result.problems[0]
+    assert result.files == 1
+
+
+def test_two_files_without_index_hold_the_same_tensors(model: Model) -> None:
+    folder = model()
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    found = problems(folder, weights=False)
+    assert len(found) == 1 and "is in both a.safetensors and b.safetensors (and 20 more)" in found[0]
 
 
 def test_warnings(model: Model) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from mergekit_lr.errors import CheckpointError, UsageError
-from mergekit_lr.evaluate import evaluate, loss_table, windows
+from mergekit_lr.evaluation import evaluate, loss_table, windows
 from mergekit_lr.lazy import torch
 
 TEXT = "def add(a, b):\n    return a + b  # ünïcödé, 日本\n" * 6
