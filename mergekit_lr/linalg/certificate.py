@@ -102,7 +102,7 @@ def rounding_floor(dtype: torch.dtype) -> float:
 def gram_rounding(probe: Probe, g: Tensor) -> float:
     """`SAFETY` times the estimated ``||G - g||_F`` of a computed Gram g."""
     error = probe.images - g.double() @ probe.signs
-    return SAFETY * float(torch.linalg.vector_norm(error)) / math.sqrt(probe.signs.shape[1])
+    return SAFETY * float(torch.linalg.vector_norm(error)) / math.sqrt(probe.signs.shape[1]) + _noise(probe)
 
 
 def perturbation(probe: Probe, values: Tensor, vectors: Tensor) -> float:
@@ -120,7 +120,12 @@ def perturbation(probe: Probe, values: Tensor, vectors: Tensor) -> float:
     scaled = lam * probe.signs
     skew = u.T @ (u @ scaled) - scaled
     total = torch.linalg.vector_norm(error) + torch.linalg.vector_norm(skew)
-    return SAFETY * float(total) / math.sqrt(k)
+    return SAFETY * float(total) / math.sqrt(k) + _noise(probe)
+
+
+def _noise(probe: Probe) -> float:
+    """Rounding of the fp64 measurement itself."""
+    return 4.0 * torch.finfo(torch.float64).eps * probe.trace
 
 
 def capture_loss(gaps: Tensor, coupling: float) -> float:
@@ -147,7 +152,7 @@ def coarse_loss(lam: Tensor, rank: int, h: float) -> float:
 
 
 def refined_loss(g: Tensor, vectors: Tensor, rank: int, rounding: float) -> tuple[float, float]:
-    """`capture_loss` and ``tr(U_r^T G U_r)`` with the eigensolver's error computed: two products of order n.
+    """`capture_loss` and ``tr(U_r^T G U_r)`` with the eigensolver's error computed: products of order n, in fp64.
 
     With ``T = U^T G^ U`` and ``D = U^T U - I``, the orthonormal basis nearest to U sees ``T_ij - D_ij (T_ii +
     T_jj) / 2`` up to second order in D. Its diagonal blocks give Theta and mu exactly, its off-diagonal block
@@ -158,9 +163,12 @@ def refined_loss(g: Tensor, vectors: Tensor, rank: int, rounding: float) -> tupl
         vectors: ``[n, n]``.
         rounding: bound on ``||G - g||_F``.
     """
-    t = (vectors.T @ (g @ vectors)).double()
-    d = outer_product(vectors.T.contiguous()).double()
+    u = vectors.double()  # in fp32 these products would be as wrong as what they measure
+    t = u.T @ (g.double() @ u)
+    d = outer_product(u.T.contiguous())
     d.diagonal().sub_(1.0)
+    if not float(d.abs().max()) <= ORTHONORMALITY:  # not eigenvectors at all: the expansion in D does not hold
+        return math.inf, 0.0
     diagonal = t.diagonal().clone()
     t -= 0.5 * d * (diagonal.unsqueeze(0) + diagonal.unsqueeze(1))
     diagonal = t.diagonal().clone()
@@ -180,7 +188,7 @@ def _with_diagonal(t: Tensor, diagonal: Tensor) -> Tensor:
 
 def excess_bound(tail: float, loss: float, extra: float = 0.0) -> float:
     """Bound on residual / tau_r - 1 when ``residual^2 <= t + extra`` and ``tau_r^2 >= t - loss`` for some t >= tail."""
-    if not math.isfinite(tail) or tail - loss <= 0.0:
+    if not math.isfinite(tail) or not tail - loss > 0.0:
         return math.inf
     return math.sqrt((tail + extra) / (tail - loss)) - 1.0
 
