@@ -499,3 +499,16 @@ def test_configuration_that_is_no_object(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="does not hold an object"):
         open_model(reference(base, adapter))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_merge_reads_the_adapted_model(threads: int, tmp_path: Path) -> None:
+    from mergekit_lr import merge
+
+    base, adapter = big(tmp_path, 900, 700)
+    weighted = [{"model": f"{base}+{adapter}", "parameters": {"weight": 1.0}}]
+    recipe = {"merge_method": "linear", "models": weighted, "out_dtype": "float32"}
+    merge(recipe, tmp_path / "out", device="cpu", threads=threads)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    with open_model(reference(base, adapter)) as checkpoint:
+        assert torch.equal(merged["m.weight"], whole(checkpoint, "m.weight"))
