@@ -71,7 +71,15 @@ def small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
     index = plan.layout.index(plan.parameters)
     if index is not None:
         files["model.safetensors.index.json"] = index
-    files["mergekit_lr.yml"] = plan.recipe.text.encode()
+    files["mergekit_lr.yml"] = _pinned(plan).encode()
     files["README.md"] = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models]).encode()
     files["merge_report.json"] = (json.dumps(report, indent=1) + "\n").encode()
     return files
+
+
+def _pinned(plan: Plan) -> str:
+    """The recipe as it was written, and below it the commit at which each Hub model was taken."""
+    revisions = [(m, plan.inputs[m].revision) for m in plan.graph.models]
+    notes = [f"# {model} was taken at commit {commit}\n" for model, commit in revisions if commit]
+    text = plan.recipe.text
+    return text + ("" if text.endswith("\n") else "\n") + "".join(notes)
