@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -56,7 +57,13 @@ def sample(documents: Sequence[str]) -> list[str]:
 def build(documents: Callable[[str], Sequence[str]]) -> None:
     """Train on a sample of each domain's ``documents`` and write the folder."""
     texts = [text for domain in DOMAINS for text in sample(documents(domain))]
-    train(texts).save_pretrained(WORK / "tokenizer")
+    folder = WORK / "tokenizer"
+    train(texts).save_pretrained(folder)
+    # transformers 5 writes a class name that version 4 and other loaders do not know; both know this one.
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    del settings["backend"]
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def folder() -> Path:

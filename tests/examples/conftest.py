@@ -1,0 +1,8 @@
+"""The zoo is a folder of scripts, not part of the installed package: put it on the path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
