@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from mergekit_lr import host
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import GRID, Call, Pass, Piece
-from mergekit_lr.pieces import SAMPLED_PLACES
 from mergekit_lr.statistics import Values
 
 if TYPE_CHECKING:
@@ -68,97 +68,19 @@ def _blocks(call: Call, piece: Piece, values: Values) -> Iterator[list[Tensor]]:
 def _above(bits: Tensor, high: int) -> int:
     if high >= INFINITY:
         return 0
-    if bits.device.type != "cpu":
+    if not host.through_numpy(bits):
         return int(torch.count_nonzero(bits > high))
     return int(np.count_nonzero(bits.numpy() > np.int32(high)))
 
 
 def _inside(bits: Tensor, low: int, high: int) -> Int32:
     """The ``bits`` in ``low .. high``, in order."""
-    if bits.device.type != "cpu":
+    if not host.through_numpy(bits):
         chosen: Int32 = bits[(bits >= low) & (bits <= high)].cpu().numpy()
         return chosen
     b: Int32 = bits.numpy()
     # One unsigned comparison for low <= b <= high; then a gather by index, cheaper here than one by mask.
     return b.take(np.flatnonzero((b - np.int32(low)).view(np.uint32) <= np.uint32(high - low)))
-
-
-@dataclass
-class Samples:
-    """What a sample says of one stream: magnitudes, and how many entries each stands for."""
-
-    parts: list[Int32]
-    weights: list[float]
-
-    def bracket(self, want: Want) -> Bracket | None:
-        """Magnitudes that hold the wanted threshold nearly always; None where there is nothing to go by.
-
-        The margin is four standard errors of the share of entries above the threshold, as the places looked
-        at differ among themselves; so it widens where a tensor's rows or a model's tensors differ.
-        """
-        sizes = np.array([p.size for p in self.parts])
-        if not sizes.sum():
-            return None
-        bits = np.concatenate(self.parts)
-        order = np.argsort(bits, kind="stable")
-        bits = bits[order]
-        below = np.cumsum(np.repeat(self.weights, sizes)[order])
-        target = below[-1] - want.keep
-        middle = bits[min(int(np.searchsorted(below, target)), bits.size - 1)]
-        above = np.array([np.count_nonzero(p > middle) for p in self.parts])
-        share = float(np.dot(self.weights, above)) / float(below[-1])
-        w = np.array(self.weights)
-        between = np.sum((w * (above - share * sizes)) ** 2)
-        within = share * (1 - share) * np.sum(w**2 * sizes)
-        margin = 4 * float(np.sqrt(max(between, within))) + 8 * max(self.weights)
-        i = int(np.searchsorted(below, target - margin)) - 1
-        j = int(np.searchsorted(below, target + margin)) + 1
-        low = int(bits[i]) if i >= 0 else 0
-        high = int(bits[j]) if j < bits.size else INFINITY
-        return Bracket(want, low, high)
-
-    def share(self, bracket: Bracket) -> float:
-        """Estimated share of entries inside ``bracket``."""
-        inside = [np.count_nonzero((p >= bracket.low) & (p <= bracket.high)) for p in self.parts]
-        total = float(np.dot(self.weights, [p.size for p in self.parts]))
-        return float(np.dot(self.weights, inside)) / total
-
-
-@dataclass
-class Sample(Pass["list[tuple[str, int, list[Int32]]]", "list[Samples]"]):
-    """Magnitudes at a few places. The engine hands it short pieces spread over each tensor.
-
-    Of ``numel`` entries in all about ``most`` are kept, in proportion to the tensors' sizes.
-    """
-
-    sample = 1024
-    values: Values
-    numel: int
-    most: int = 1 << 20
-
-    def map(self, call: Call, piece: Piece) -> list[tuple[str, int, list[Int32]]]:
-        flat = [v.reshape(-1) for v in self.values(call, piece)]
-        places = min(-(-call.numel // GRID), SAMPLED_PLACES)
-        wanted = self.most * call.numel / (self.numel * places)  # this piece's share of all samples
-        stride = max(1, int(max(v.numel() for v in flat) / max(wanted, 1)))
-        return [(call.name, call.numel, [magnitude_bits(v[::stride]).cpu().numpy() for v in flat])]
-
-    def fold(self, total: Any, partial: Any) -> Any:
-        if total is None:
-            return partial
-        total.extend(partial)
-        return total
-
-    def finish(self, total: list[tuple[str, int, list[Int32]]]) -> list[Samples]:
-        streams = range(len(total[0][2]))
-        out = []
-        for s in streams:
-            seen: dict[str, int] = {}
-            for name, _, parts in total:
-                seen[name] = seen.get(name, 0) + parts[s].size
-            kept = [(parts[s], numel / seen[name]) for name, numel, parts in total if parts[s].size]
-            out.append(Samples([p for p, _ in kept], [w for _, w in kept]))
-        return out
 
 
 @dataclass
@@ -309,6 +231,6 @@ class Ties(Pass["list[BlockCounts]", "list[BlockCounts]"]):
 
 
 def _equal(bits: Tensor, value: int) -> int:
-    if bits.device.type != "cpu":
+    if not host.through_numpy(bits):
         return int(torch.count_nonzero(bits == value))
     return int(np.count_nonzero(bits.numpy() == np.int32(value)))

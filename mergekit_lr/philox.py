@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from mergekit_lr import host
 from mergekit_lr.lazy import torch
 
 if TYPE_CHECKING:
@@ -52,13 +53,20 @@ def draws(key: int, start: int, count: int, device: torch.device | str = "cpu") 
     Args:
         key: 128 bits, see `Call.philox_key`.
     """
-    if torch.device(device).type == "cpu":
+    if host.through_numpy(device):
         return torch.from_numpy(_bits(key, start, count).astype(np.int32))
     first, skip = divmod(start, DRAWS)
     blocks = -(-(skip + count) // DRAWS)
     words = philox_words(key, first + 1, blocks, device)
     parts = [(words >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
     return torch.stack(parts, dim=-1).reshape(-1)[skip : skip + count].to(torch.int32)
+
+
+def below(draw: Tensor, levels: Tensor) -> Tensor:
+    """1 where a draw lies below its level, so keeps its entry, else 0: fp32, the shape of both int32 tensors."""
+    if not host.through_numpy(draw):
+        return (draw < levels).to(torch.float32)
+    return torch.from_numpy((draw.numpy() < levels.numpy()).astype(np.float32))
 
 
 def masked(x: Tensor, key: int, start: int, probability: float) -> Tensor:
@@ -69,7 +77,7 @@ def masked(x: Tensor, key: int, start: int, probability: float) -> Tensor:
     keep_below = level(probability)
     if keep_below >= LEVELS:
         return x.clone()
-    if x.device.type != "cpu":
+    if not host.through_numpy(x):
         return x * (draws(key, start, x.numel(), x.device) < keep_below).reshape(x.shape)
     # The CPU path through numpy is four times faster: torch compares and converts booleans slowly.
     keep = (_bits(key, start, x.numel()) < np.uint16(keep_below)).astype(np.float32)

@@ -26,12 +26,12 @@ from mergekit_lr.magnitudes import (
     Count,
     Histogram,
     Int64,
-    Sample,
     Ties,
     Want,
     magnitude_bits,
 )
 from mergekit_lr.method import GRID, Call, Pass
+from mergekit_lr.sampling import Sample
 from mergekit_lr.statistics import Values, piece_tensors
 
 if TYPE_CHECKING:

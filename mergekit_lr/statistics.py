@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mergekit_lr import host
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import Call, Pass, Piece
 
@@ -54,7 +55,7 @@ def _rows(x: Tensor) -> list[Tensor]:
 
 def _dot(a: Tensor, b: Tensor) -> Float64:
     """Inner products along the last axis, at most `BLOCK` long: in fp32, or fp64 where it overflows."""
-    if a.device.type != "cpu":
+    if not host.through_numpy(a):
         sums = (a * b).sum(-1).double()
         bad = ~torch.isfinite(sums) | ((sums != 0) & (sums.abs() < _TINY))
         if bool(bad.any()):

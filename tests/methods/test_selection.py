@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lr import selection
-from mergekit_lr.magnitudes import Samples
 from mergekit_lr.method import GRID, Call, Pass, Piece, Slicing
 from mergekit_lr.pieces import drive, fold_all, sample_spans, spans
+from mergekit_lr.sampling import Sample, Samples
 from mergekit_lr.selection import Cut, Want, count_to_keep, select, select_model_wide
+from mergekit_lr.statistics import piece_tensors
 
 Floats = npt.NDArray[np.float32]
 
@@ -145,14 +146,26 @@ def test_model_wide_sample_stays_small() -> None:
     rng = np.random.default_rng(0)
     looks = Looks({f"t{i}": [rng.standard_normal(3 * GRID).astype(np.float32)] for i in range(8)})
     numel = 8 * 3 * GRID
-    sample = selection.Sample(selection.piece_tensors, numel, most=2048)
+    sample = Sample(piece_tensors, numel, most=2048)
     (found,) = looks(sample)
-    assert sum(p.size for p in found.parts) <= 2 * 2048
-    assert np.isclose(np.dot(found.weights, [p.size for p in found.parts]), numel)
+    assert found.bits.size == found.sizes.sum() <= 2 * 2048
+    assert np.isclose(found.numel, numel)
     bracket = found.bracket(Want(0, numel // 2))
     middle = np.median(np.abs(np.concatenate([x[0].numpy() for x in looks.vectors.values()])))
     assert bracket is not None
     assert bracket.low < np.float32(middle).view(np.int32) < bracket.high
+
+
+def test_tensors_of_different_scale_do_not_widen_a_models_bracket() -> None:
+    rng = np.random.default_rng(0)
+    x = {f"t{i}": [(rng.standard_normal(2 * GRID) * 10.0**i).astype(np.float32)] for i in range(4)}
+    looks = Looks(x)
+    drive(select_model_wide([Want(0, GRID)], 8 * GRID), looks)
+    assert looks.ran[:2] == ["Sample", "Collect"]
+    (found,) = looks(Sample(piece_tensors, 8 * GRID))
+    bracket = found.bracket(Want(0, GRID))
+    assert bracket is not None
+    assert found.share(bracket) < 0.05
 
 
 @given(
