@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mergekit_lr import merge
-from mergekit_lr.evaluate import evaluate, loss_table
+from mergekit_lr.evaluation import evaluate, loss_table
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "quickstart.yml"

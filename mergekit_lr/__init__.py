@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mergekit_lr.engine.api import plan as plan
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
-    from mergekit_lr.evaluate import evaluate as evaluate
+    from mergekit_lr.evaluation import evaluate as evaluate
     from mergekit_lr.recipe import load_recipe as load_recipe
     from mergekit_lr.recipe.json_schema import schema as schema
     from mergekit_lr.recipe.load import check as check
@@ -29,7 +29,7 @@ _HOMES = {
     "schema": "mergekit_lr.recipe.json_schema",
     "inspect": "mergekit_lr.report.inspect",
     "verify": "mergekit_lr.report.verify",
-    "evaluate": "mergekit_lr.evaluate",
+    "evaluate": "mergekit_lr.evaluation",
 }
 __all__ = ["MergeResult", "check", "evaluate", "inspect", "load_recipe", "merge", "plan", "schema", "verify"]
 

@@ -34,9 +34,12 @@ def element_count(shape: tuple[int, ...]) -> int:
     return n
 
 
-def spans(shape: tuple[int, ...], slicing: Slicing, most: int) -> list[Span]:
+def spans(
+    shape: tuple[int, ...], slicing: Slicing, most: int, start: int = 0, stop: int | None = None
+) -> list[Span]:
     """Cut a tensor into pieces of at most about ``most`` elements, where ``slicing`` allows.
 
+    ``start`` and ``stop`` choose a run of elements, ``start`` on the grid; only elementwise tensors have parts.
     Elementwise pieces are flat and start on multiples of `GRID`; rowwise pieces are ``[rows, columns]`` with
     every axis but the last as rows (a vector is one row); an uncut tensor keeps its shape.
     """
@@ -52,7 +55,9 @@ def spans(shape: tuple[int, ...], slicing: Slicing, most: int) -> list[Span]:
             Span(0, n, (rows, columns))
         ]
     step = max(GRID, most // GRID * GRID)
-    return [Span(a, min(n, a + step), (min(n, a + step) - a,)) for a in range(0, n, step)] or [Span(0, 0, (0,))]
+    end = n if stop is None else stop
+    edges = [(a, min(end, a + step)) for a in range(start, end, step)]
+    return [Span(a, b, (b - a,)) for a, b in edges] or [Span(start, start, (0,))]
 
 
 def sample_spans(shape: tuple[int, ...], size: int) -> list[Span]:

@@ -51,7 +51,7 @@ class Worker:
             self._copy(sink.value, unit, out)
         else:
             self._merge(sink, operation, unit, out)
-        out.start_writeback(unit)
+        out.finish(unit)
         record: dict[str, Any] = {"unit": unit.key(self.job.graph), "chunks": out.digests.finish()}
         if operation is not None:
             record["max_abs"] = out.largest
@@ -68,11 +68,7 @@ class Worker:
         shared = self.job.artifacts.get(operation.method)
         state = drive(method.statistics(operation.call, shared), Looks(self, method, operation, shared).run)
         fused = fused_sum(method, operation, sink, state)
-        inside = [
-            s
-            for s in spans(sink.shape, slicing_of(sink), self.job.piece)
-            if unit.start <= s.start and s.stop <= unit.stop
-        ]
+        inside = spans(sink.shape, slicing_of(sink), self.job.piece, unit.start, unit.stop)
         for block in blocks_of(inside, self.job.read):
             read = self.read_block(operation, block)
             narrow = out.buffer(block[-1].stop - block[0].start)

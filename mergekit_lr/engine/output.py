@@ -11,6 +11,7 @@ from mergekit_lr.checkpoint.dtypes import ITEM_BYTES, torch_dtype
 from mergekit_lr.engine.digest import ChunkDigests
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.units import Unit
+from mergekit_lr.errors import VerificationError
 from mergekit_lr.graph.nodes import Sink, operation_of
 from mergekit_lr.lazy import torch
 
@@ -27,6 +28,7 @@ class Output:
     room: Callable[[int, str], Tensor]  # scratch bytes for so many elements of a dtype
     digests: ChunkDigests = field(default_factory=ChunkDigests)
     largest: float = 0.0
+    written: int = 0
 
     @property
     def dtype(self) -> str:
@@ -42,10 +44,19 @@ class Output:
         data = narrow.view(torch.uint8).numpy().data
         fs.pwrite(fd, data, place.offset + start * ITEM_BYTES[self.dtype], path)
         self.digests.update(data)
+        self.written += narrow.numel()
         inputs = 1 if operation_of(self.sink.value) is None else len(job.checkpoints)
         job.advance(len(data) * (1 + inputs))
 
-    def start_writeback(self, unit: Unit) -> None:
+    def finish(self, unit: Unit) -> None:
+        """Check that every element was written, and let the disk begin on them."""
+        if self.written != unit.stop - unit.start:
+            raise VerificationError(
+                f"{self.written} of {unit.stop - unit.start} elements were written",
+                where=f"tensor {self.sink.name!r}",
+                why="a bug in how the tensor was cut",
+                fix="please report it, with the recipe",
+            )
         place, item = self.job.layout.places[self.sink.name], ITEM_BYTES[self.dtype]
         fd, _ = self.job.shard(place.shard)
         fs.start_writeback(fd, place.offset + unit.start * item, (unit.stop - unit.start) * item)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lr.checkpoint.dtypes import AVERAGED
+from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
@@ -22,6 +24,7 @@ from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.nodes import MergeGraph, sources_of
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
+from mergekit_lr.report.consistency import config_problems
 from mergekit_lr.sizes import parse_size
 
 DEFAULT_SHARD = "5GB"
@@ -198,6 +201,7 @@ def _lay_out(
     config, config_warnings = merged_config(merged[0], {s.dtype for s in graph.sinks if s.dtype in AVERAGED})
     files, file_warnings = carried_over(merged[0], tokenizer)
     warnings = [*recipe.warnings, *config_warnings, *file_warnings]
+    warnings += [f"the output's config.json: {p}" for p in _contradictions(config, graph)]
     for checkpoint in merged:
         warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
     if graph.dropped:
@@ -206,6 +210,14 @@ def _lay_out(
         warnings.append(f"{model}: tensor {tensor!r}{more} not merged ({rule})")
     units = units_of(graph, budget.threads)
     return Plan(recipe, inputs, graph, layout, budget, units, device, config, files, warnings)
+
+
+def _contradictions(config: bytes | None, graph: MergeGraph) -> list[str]:
+    """What the output's config says that its tensors do not bear out."""
+    if config is None:
+        return []
+    tensors = {s.name: TensorInfo(s.name, s.dtype, s.shape, 0, nbytes_of(s)) for s in graph.sinks}
+    return config_problems(json.loads(config), tensors)
 
 
 def bytes_of(plan: Plan) -> int:

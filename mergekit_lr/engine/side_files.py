@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mergekit_lr.checkpoint.model import Checkpoint, read_json
+from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
 from mergekit_lr.errors import CheckpointError, join_problems
 
 TOKENIZER_FILES = (
@@ -48,16 +47,11 @@ def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str
             if path.stat().st_size > LARGEST_FILE:
                 warnings.append(f"{checkpoint.reference}: {name} is over 64 MiB and is not carried over")
                 continue
-            if path.is_symlink() and not _stays(path, checkpoint.folder):
-                warnings.append(f"{checkpoint.reference}: {name} is a link out of the model folder, not followed")
-                continue
-            files[name] = path.read_bytes()
+            try:
+                files[name] = inside(checkpoint.folder, name).read_bytes()
+            except CheckpointError as e:  # a link out of the folder: not followed, and said
+                warnings.append(f"{checkpoint.reference}: {name} is not carried over ({e})")
     return files, warnings
-
-
-def _stays(path: Path, folder: Path) -> bool:
-    target = path.resolve()
-    return folder.resolve() in target.parents or target.parent.name == "blobs"
 
 
 def merged_config(reference: Checkpoint, dtypes: set[str]) -> tuple[bytes | None, list[str]]:

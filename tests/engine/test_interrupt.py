@@ -49,7 +49,9 @@ def test_interrupted_runs_stop_all_workers_and_resume(make, random_tensors, tmp_
         assert not out.exists()
         assert not (tmp_path / "out.partial" / "lock").exists()
     subprocess.run(
-        [sys.executable, "-c", "from mergekit_lr.cli import main; main()", "merge", str(path), str(out), "--quiet"], check=True, timeout=60
+        [sys.executable, "-c", "from mergekit_lr.cli import main; main()", "merge", str(path), str(out), "--quiet"],
+        check=True,
+        timeout=60,
     )
     merge(recipe, tmp_path / "undisturbed", device="cpu")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "undisturbed" / "model.safetensors").read_bytes()

@@ -132,6 +132,24 @@ def test_budget_is_kept_or_refused_before_anything_is_read(make, random_tensors,
     assert plan(recipe, device="cpu", max_memory="1GiB", threads=4).budget.threads == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_units_and_pieces_of_any_sizes_cover_every_element(make, random_tensors, tmp_path, load, monkeypatch, dtype):
+    """Chunks smaller than a piece, pieces smaller than a chunk, neither a multiple of the tensor."""
+    from mergekit_lr import merge
+    from mergekit_lr.engine import digest, memory, units
+
+    models = [str(make(f"m{i}", random_tensors(i, dtype, {"w.weight": (333, 1001)}))) for i in range(2)]
+    entries = [{"model": m, "parameters": {"weight": 0.5}} for m in models]
+    for chunk, piece in ((1 << 20, 1 << 16), (1 << 20, 1 << 18), (1 << 19, 1 << 30)):
+        for module in (digest, units):
+            monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(memory, "PIECE", piece)
+        out = tmp_path / f"{chunk}-{piece}"
+        merge({"merge_method": "linear", "models": entries}, out, device="cpu")
+        a, b, got = (load(folder)["w.weight"].double() for folder in (Path(models[0]), Path(models[1]), out))
+        torch.testing.assert_close(got, (a + b) / 2, rtol=2**-8, atol=1e-9)
+
+
 def test_bf16_survives_every_shape(make, tmp_path, load):
     """Scalars, empty tensors and vectors are merged like everything else."""
     from mergekit_lr import merge
