@@ -29,7 +29,7 @@ Values = Callable[[Call, Piece], "list[Tensor]"]
 BLOCK = 4_096
 """Elements summed by one kernel: divides `GRID`, too short for torch or a BLAS to split among threads."""
 _ROWS = 256  # rows of a matrix whose products are held at once in fp64
-_TINY = 1e-30  # below this an fp32 sum of squares may have lost terms to underflow
+_TINY, _HUGE = 1e-30, 3e38  # outside this an fp32 sum of products may have lost terms, or overflowed
 
 
 def piece_tensors(call: Call, piece: Piece) -> list[Tensor]:
@@ -53,20 +53,25 @@ def _rows(x: Tensor) -> list[Tensor]:
     return [p for p in parts if p.numel()]
 
 
-def _dot(a: Tensor, b: Tensor) -> Float64:
-    """Inner products along the last axis, at most `BLOCK` long: in fp32, or fp64 where it overflows."""
-    if not host.through_numpy(a):
-        sums = (a * b).sum(-1).double()
-        bad = ~torch.isfinite(sums) | ((sums != 0) & (sums.abs() < _TINY))
-        if bool(bad.any()):
-            sums = (a.double() * b.double()).sum(-1)
-        return sums.cpu().numpy()
-    x, y = a.numpy(), b.numpy()
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        out: Float64 = np.vecdot(x, y).astype(np.float64)
-        size = np.abs(out)
-        if not (np.isfinite(size) & ((size == 0) | (size >= _TINY))).all():
-            out = np.vecdot(x.astype(np.float64), y.astype(np.float64))
+def _dots(pairs: list[tuple[Tensor, Tensor]]) -> Float64:
+    """Inner products along the last axis, at most `BLOCK` long, of pairs of one shape: ``[pairs, ...]``.
+
+    In fp32; the single sums that overflow, or are small enough to have lost terms, again in fp64.
+    """
+    if not host.through_numpy(pairs[0][0]):
+        out: Float64 = torch.stack([(a * b).sum(-1) for a, b in pairs]).double().cpu().numpy()
+    else:
+        sums = np.empty((len(pairs), *pairs[0][0].shape[:-1]), np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for (a, b), mine in zip(pairs, sums, strict=True):
+                np.vecdot(a.numpy(), b.numpy(), out=mine)
+        out = sums.astype(np.float64)
+    size = np.abs(out)
+    doubtful = ~((size >= _TINY) & (size <= _HUGE) | (size == 0))
+    if doubtful.any():
+        for (a, b), mine, again in zip(pairs, out, doubtful, strict=True):
+            chosen = torch.from_numpy(again).to(a.device)
+            mine[again] = (a[chosen].double() * b[chosen].double()).sum(-1).cpu().numpy()
     return out
 
 
@@ -92,10 +97,12 @@ def row_products(values: list[Tensor]) -> Float64:
     n, r = len(values), values[0].shape[0]
     blocks = [_rows(v) for v in values]
     out = np.zeros((n, n, r))
-    for i in range(n):
-        for j in range(i + 1):
-            parts = [_dot(a, b) for a, b in zip(blocks[i], blocks[j], strict=True)]
-            out[i, j] = out[j, i] = _add_blocks(parts, r)
+    i, j = np.tril_indices(n)
+    for part in range(len(blocks[0])):
+        sums = _dots([(blocks[a][part], blocks[b][part]) for a, b in zip(i, j, strict=True)])
+        for column in np.moveaxis(sums, -1, 0):  # block by block: an order that only the row fixes
+            out[i, j] += column
+    out[j, i] = out[i, j]
     return out
 
 
@@ -134,24 +141,19 @@ def block_sums(values: list[Tensor]) -> Float64:
 
 def block_products(values: list[Tensor]) -> Float64:
     """Inner products of every pair over each block: float64 ``[n(n + 1)/2, blocks]``, pairs (i, j <= i)."""
-    n = len(values)
-    if not values[0].numel():
-        return np.zeros((n * (n + 1) // 2, 0))
-    blocks = [_flat_blocks(v) for v in values]
-    return np.stack(
-        [
-            np.concatenate([_dot(a, b) for a, b in zip(blocks[i], blocks[j], strict=True)])
-            for i in range(n)
-            for j in range(i + 1)
-        ]
-    )
+    i, j = np.tril_indices(len(values))
+    return _block_dots(values, list(zip(i, j, strict=True)))
 
 
 def block_squares(values: list[Tensor]) -> Float64:
     """Sum of squares of each tensor over each block: float64 ``[n, blocks]``."""
-    if not values[0].numel():
-        return np.zeros((len(values), 0))
-    return np.stack([np.concatenate([_dot(b, b) for b in _flat_blocks(v)]) for v in values])
+    return _block_dots(values, [(i, i) for i in range(len(values))])
+
+
+def _block_dots(values: list[Tensor], pairs: list[tuple[int, int]]) -> Float64:
+    parts = list(zip(*(_flat_blocks(v) for v in values), strict=True))
+    found = [_dots([(part[i], part[j]) for i, j in pairs]) for part in parts]
+    return np.concatenate(found, axis=1) if found else np.zeros((len(pairs), 0))
 
 
 class _Blocked(Pass["list[Float64]", Any]):

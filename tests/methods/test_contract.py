@@ -173,17 +173,16 @@ def test_sliced_equals_whole_to_the_bit(name: str, i: int, shape: tuple[int, ...
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_threads_do_not_change_a_bit(name: str, i: int) -> None:
     method = METHODS[name]
-    models, base = inputs(method, (3, 70_001), with_base=bases(method)[-1])
+    models, base = inputs(method, (2, 40_001), with_base=bases(method)[-1])
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2):
             torch.set_num_threads(threads)
             results.append(merged(name, EXAMPLES[name][i], models, base))
     finally:
         torch.set_num_threads(before)
-    assert same_bits(results[0], results[1])
-    assert same_bits(results[0], results[2])
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize(("name", "i"), CASES)

@@ -108,6 +108,17 @@ def test_squares_beyond_the_range_of_fp32(scale: float) -> None:
     assert math.isclose(over(SquareSum(), [x], GRID)[0], exact_dot(x, x), rel_tol=1e-6)
 
 
+def test_one_block_beyond_fp32_does_not_change_the_others_by_where_the_cuts_are() -> None:
+    x = noise(4 * GRID + 9)
+    x[5:9] = 1e25
+    x[3 * GRID : 3 * GRID + BLOCK] = 1e-20
+    found = [over(Gram(), [x, x.flip(0)], most) for most in (GRID, 3 * GRID, 1 << 30)]
+    assert all(np.array_equal(f, found[0]) for f in found)
+    rows = x[: 4 * GRID].reshape(64, -1)
+    whole = row_products([rows])
+    assert all(np.array_equal(whole[..., r], row_products([rows[r : r + 1]])[..., 0]) for r in range(64))
+
+
 def test_nonfinite_sums_are_nan_not_errors() -> None:
     x = torch.zeros(2 * GRID)
     x[0], x[-1] = math.inf, -math.inf
