@@ -1,0 +1,117 @@
+"""Running a command and seeing what it takes: wall and CPU seconds, and resident memory by kind."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SAMPLE_SECONDS = 0.01
+READ_PIECE = 1 << 20
+
+
+@dataclass
+class Sample:
+    """One run. ``seconds`` is what counts for the contestant; ``wall`` the whole process; memory in bytes."""
+
+    seconds: float
+    wall: float
+    cpu: float
+    anonymous: int
+    file_backed: int
+    start_up: float = 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Rounded for the result file."""
+        return {key: round(value, 4) for key, value in asdict(self).items()}
+
+
+class MemoryWatch(threading.Thread):
+    """Samples RssAnon and RssFile (with shared memory) of a process until it ends; keeps the peaks."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.status = Path(f"/proc/{pid}/status")
+        self.anonymous = 0
+        self.file_backed = 0
+
+    def run(self) -> None:
+        """Sample until the process is gone."""
+        while True:
+            try:
+                fields = dict(line.split(":", 1) for line in self.status.read_text().splitlines())
+            except (FileNotFoundError, ProcessLookupError):
+                return
+            if "RssAnon" not in fields:  # a zombie has no memory any more
+                return
+            kilobytes = {key: int(fields[key].split()[0]) for key in ("RssAnon", "RssFile", "RssShmem")}
+            self.anonymous = max(self.anonymous, kilobytes["RssAnon"] * 1024)
+            self.file_backed = max(self.file_backed, (kilobytes["RssFile"] + kilobytes["RssShmem"]) * 1024)
+            time.sleep(SAMPLE_SECONDS)
+
+
+def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> Sample:
+    """Run ``command`` in ``folder``; a JSON line it prints with ``seconds`` replaces the wall time.
+
+    Raises:
+        RuntimeError: the command failed; its messages are in the error.
+    """
+    log = folder / "command.log"
+    with log.open("wb") as stdout, (folder / "command.err").open("wb") as stderr:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, cwd=folder, env=dict(environment), stdout=stdout, stderr=stderr)
+        watch = MemoryWatch(process.pid)
+        watch.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    watch.join()
+    if process.returncode:
+        raise RuntimeError(f"{command}: exit {process.returncode}\n{(folder / 'command.err').read_text()[-3000:]}")
+    sample = Sample(wall, wall, usage.ru_utime + usage.ru_stime, watch.anonymous, watch.file_backed)
+    lines = log.read_text().strip().splitlines()
+    if lines and lines[-1].startswith('{"seconds"'):
+        told = json.loads(lines[-1])
+        sample.seconds, sample.cpu = told["seconds"], told["cpu"]
+        sample.start_up = told.get("start_up", 0.0)
+    return sample
+
+
+def touch_free_memory(size: int) -> None:
+    """Touch and release ``size`` bytes.
+
+    A virtual machine whose host takes back free pages pays for each page again at its first use, up to five times
+    what a warm page costs, and the output's page cache is made of such pages. Done before every timed run, so that
+    all contestants find the same memory.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    mmap.mmap(-1, size, flags=flags).close()
+
+
+def read_into_cache(folders: list[Path]) -> None:
+    """Read every safetensors file once, so that a timed run finds it in the page cache."""
+    buffer = memoryview(bytearray(READ_PIECE))
+    for file in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):
+        with file.open("rb", buffering=0) as handle:
+            while handle.readinto(buffer):
+                pass
+
+
+def machine() -> dict[str, object]:
+    """CPU model, cores, memory and kernel; nothing that names a host or a path."""
+    cpu = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    cores = len(os.sched_getaffinity(0))
+    kernel = ".".join(platform.release().split("-")[0].split(".")[:2])
+    return {"cpu": cpu, "cores": cores, "memory_gib": round(memory / 2**30, 1), "linux": kernel}
