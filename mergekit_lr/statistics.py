@@ -129,7 +129,11 @@ def _add_blocks(parts: list[Float64], rows: int) -> Float64:
 
 
 def _flat_blocks(x: Tensor) -> list[Tensor]:
-    return [p[0] for p in _rows(x.reshape(1, -1))]
+    """The same of a whole tensor: ``[blocks, BLOCK]`` and ``[1, rest]``."""
+    flat = x.reshape(-1)
+    edge = flat.numel() // BLOCK * BLOCK
+    parts = [flat[:edge].view(-1, BLOCK)] if edge else []
+    return [*parts, flat[edge:].view(1, -1)] if edge < flat.numel() else parts
 
 
 def block_sums(values: list[Tensor]) -> Float64:
@@ -141,8 +145,7 @@ def block_sums(values: list[Tensor]) -> Float64:
 
 def block_products(values: list[Tensor]) -> Float64:
     """Inner products of every pair over each block: float64 ``[n(n + 1)/2, blocks]``, pairs (i, j <= i)."""
-    i, j = np.tril_indices(len(values))
-    return _block_dots(values, list(zip(i, j, strict=True)))
+    return _block_dots(values, [(i, j) for i in range(len(values)) for j in range(i + 1)])
 
 
 def block_squares(values: list[Tensor]) -> Float64:
