@@ -22,8 +22,8 @@ from mergekit_lr.linalg.random_signs import rademacher
 from mergekit_lr.linalg.subspace import Request, Subspace
 
 OVERSAMPLING = 8
-CHECKS = (3, 4, 5, 6, 8, 10, 12, 14, 16)
-"""Numbers of blocks after which a certificate is tried; 3 blocks are q = 2 power steps."""
+FIRST_CHECK = 3  # blocks before the first certificate: q = 2 power steps
+MOST_BLOCKS = 16
 LARGEST_SHARE = 3  # the whole space stays below a third of the order: beyond, the Gram is cheaper
 LANCZOS_WIDTH = 8
 LANCZOS_STEPS = 6
@@ -63,21 +63,22 @@ def krylov(request: Request, rank: int) -> KrylovTruncation | None:
     far = blocks.columns if side is Side.LEFT else blocks.rows
     start = rademacher(far, width, seed=request.seed, name=request.name, device=blocks.device, dtype=blocks.dtype)
     space = _Space.empty(request, n, far)
-    block, history = blocks.towards(side, start), []
-    for step in range(1, CHECKS[-1] + 1):
-        if (space.q.shape[1] + width) * LARGEST_SHARE > n:
-            return None
+    block = blocks.towards(side, start)
+    most = min(MOST_BLOCKS, n // (LARGEST_SHARE * width))
+    check, history = FIRST_CHECK, list[tuple[int, float]]()
+    for step in range(1, most + 1):
         fresh = orthonormalize(block, space.q if step > 1 else None, where=request.name)
         out = blocks.away(side, fresh)
         block = blocks.towards(side, out)
         space.append(fresh, out, block)
-        if step in CHECKS:
+        if step == check:
             found = _ritz(request, rank, space, step)
             if found.subspace.certificate.holds:
                 return found
             history.append((step, found.subspace.certificate.excess))
-            if _hopeless(history, request.promise, (n // LARGEST_SHARE) // width):
-                return None
+            check = _next_check(history, request.promise)
+        if check > most:
+            return None
     return None
 
 
@@ -104,15 +105,17 @@ class _Space:
         self.back = torch.cat((self.back, back.double()), dim=1)
 
 
-def _hopeless(history: list[tuple[int, float]], promise: float, most: int) -> bool:
-    """Whether the certified excess, shrinking as it did between the last two checks, would miss the promise."""
+def _next_check(history: list[tuple[int, float]], promise: float) -> int:
+    """When the certified excess, shrinking as it did between the last two checks, will meet the promise."""
     if len(history) < 2:
-        return False
+        return history[-1][0] + 1
     (before, was), (now, excess) = history[-2:]
-    if not math.isfinite(excess) or not math.isfinite(was) or excess >= was:
-        return True
+    if not math.isfinite(excess) or excess >= was:
+        return MOST_BLOCKS + 1  # it never will
+    if not math.isfinite(was):
+        return now + 1
     rate = math.log(was / excess) / (now - before)
-    return excess * math.exp(-rate * (min(most, CHECKS[-1]) - now)) > promise
+    return now + max(1, math.ceil(math.log(excess / promise) / rate))
 
 
 def _ritz(request: Request, rank: int, space: _Space, step: int) -> KrylovTruncation:
@@ -123,12 +126,20 @@ def _ritz(request: Request, rank: int, space: _Space, step: int) -> KrylovTrunca
     residual = space.back - space.q @ projected_gram
     coupling = (rotation.T @ (residual.T @ residual) @ rotation).cpu()
     kept = float(theta[:rank].sum())
-    upper = coupled_ritz_sum(theta.cpu(), coupling, 0.0, rank)
-    certificate = _certificate(request, space, kept, upper, step)
+    skew = _skew(space.q)
+
+    def certified(mu: float) -> Certificate:
+        upper = coupled_ritz_sum(theta.cpu(), coupling, mu, rank)
+        return _certificate(request, space, kept, upper, skew, step)
+
+    certificate = certified(0.0)
     if certificate.holds:  # even an empty complement had to pass before its largest eigenvalue is worth finding
-        space.mu = min(space.mu, complement_bound(request, space.q))
-        upper = coupled_ritz_sum(theta.cpu(), coupling, space.mu, rank)
-        certificate = _certificate(request, space, kept, upper, step)
+        # that of an earlier, smaller space still bounds this one's, because the complement shrank
+        again = certified(space.mu) if math.isfinite(space.mu) else None
+        if again is None or not again.holds:
+            space.mu = min(space.mu, complement_bound(request, space.q))
+            again = certified(space.mu)
+        certificate = again
     basis = (space.q @ rotation[:, :rank]).to(request.blocks.dtype)
     projected = (rotation[:, :rank].T @ space.away.T).to(request.blocks.dtype)
     fix_signs(basis, projected)
@@ -137,11 +148,15 @@ def _ritz(request: Request, rank: int, space: _Space, step: int) -> KrylovTrunca
     return KrylovTruncation(subspace, projected * unit if unit != 1.0 else projected)
 
 
-def _certificate(request: Request, space: _Space, kept: float, upper: float, step: int) -> Certificate:
-    """From ``residual^2 = tr G - kept`` and ``tau_r^2 >= tr G - upper``, with slack for rounding and an imperfect Q."""
-    gap = outer_product(space.q.T.contiguous())
+def _skew(q: Tensor) -> float:
+    """``||Q^T Q - I||_2``."""
+    gap = outer_product(q.T.contiguous())
     gap.diagonal().sub_(1.0)
-    skew = float(torch.linalg.eigvalsh(gap).abs().max())
+    return float(torch.linalg.eigvalsh(gap).abs().max())
+
+
+def _certificate(request: Request, space: _Space, kept: float, upper: float, skew: float, step: int) -> Certificate:
+    """From ``residual^2 = tr G - kept`` and ``tau_r^2 >= tr G - upper``, with slack for rounding and an imperfect Q."""
     rounding = RITZ_ROUNDING if request.blocks.dtype == torch.float32 else RITZ_ROUNDING**2
     slack = (2.1 * skew + rounding) * upper
     return certify(
