@@ -1,10 +1,10 @@
 """Keep the k largest magnitudes of a tensor, exactly, without sorting it and without holding it.
 
-A sample brackets each wanted threshold; one pass counts what lies above the bracket and collects what lies in
-it; the threshold is then an order statistic of the few collected values. If a bracket misses, or would
-collect too much (bf16 deltas repeat values heavily), a two-pass histogram over the 31 magnitude bits finds
-the same threshold in bounded memory. Entries equal to the threshold are kept by lowest index until k is
-reached, so a selection holds exactly k entries and does not depend on slices.
+A sample brackets each wanted threshold. One pass counts what lies above the bracket and collects what lies in it
+(or, where that is too much, counts each magnitude in it); the threshold is an order statistic of that. If a
+bracket misses or is too wide, two passes of histograms over the 31 magnitude bits find the same threshold in
+bounded memory. Entries equal to the threshold are kept by lowest index until k is reached, so a selection
+holds exactly k entries and does not depend on slices.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cut", "ModelCut", "Want", "count_to_keep", "magnitude_bits", "select", "select_model_wide"]
 
-SMALL = 1 << 18  # up to this many elements everything is collected
+SMALL = 1 << 20  # up to this many elements everything is collected: a sample would have few places
 MOST_COLLECTED = 1 << 22  # entries of one stream that may be collected: 16 MiB
 MOST_COUNTED = 1 << 18  # distinct magnitudes in a bracket that may be counted
 

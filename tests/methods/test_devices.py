@@ -55,6 +55,7 @@ def test_by_torch_alone(name: str, i: int, shape: tuple[int, ...], monkeypatch: 
 
 @pytest.mark.parametrize("collected", [1 << 22, 0], ids=["collect", "count"])
 def test_large_selections_by_torch_alone(collected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "SMALL", 1 << 18)
     monkeypatch.setattr(selection, "MOST_COLLECTED", collected)
     x = torch.randn(5 * GRID + 3, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     ties = METHODS["ties"]

@@ -29,6 +29,12 @@ def by_sorting(x: Floats, keep: int) -> Floats:
     return out
 
 
+@pytest.fixture(autouse=True)
+def small_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of a few hundred thousand elements go the way of large ones, to keep the tests short."""
+    monkeypatch.setattr(selection, "SMALL", 1 << 18)
+
+
 class Looks:
     """Drives passes over named vectors and notes which passes ran."""
 
