@@ -43,6 +43,6 @@ ADAPTERS = {
 
 _EVEN = {"english": 0.25, "python": 0.25, "c": 0.25, "german": 0.25}
 MIXTURES = {
-    "qwen3-moe": Run("qwen3-moe", _EVEN, steps=700, peak_rate=3e-3, muon_rate=1e-2, seed=31, batch=12),
-    "mixtral": Run("mixtral", _EVEN, steps=700, peak_rate=3e-3, muon_rate=1e-2, seed=32, batch=12),
+    "qwen3-moe": Run("qwen3-moe", _EVEN, steps=600, peak_rate=3e-3, muon_rate=1e-2, seed=31, batch=12),
+    "mixtral": Run("mixtral", _EVEN, steps=600, peak_rate=3e-3, muon_rate=1e-2, seed=32, batch=12),
 }

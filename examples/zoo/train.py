@@ -51,17 +51,22 @@ class Run:
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def draw_batch(run: Run, data: Mapping[str, Tokens], step: int) -> Tensor:
-    """Token ids ``(batch, 256)`` int64 of step ``step``: windows at uniform offsets of domains drawn by share."""
+def draw_batch(run: Run, data: Mapping[str, Tokens], step: int) -> tuple[Tensor, Tensor]:
+    """Token ids ``(batch, 256)`` of step ``step``, and each row's domain ``(batch,)``, both int64.
+
+    Rows are windows at uniform offsets of domains drawn by share; a domain's number is its place among the
+    mixture's names in alphabetical order.
+    """
     random = np.random.Generator(np.random.Philox(key=[run.seed, step]))
     domains = sorted(run.mixture)
     shares = np.array([run.mixture[d] for d in domains])
     rows = []
-    for choice in random.choice(len(domains), size=run.batch, p=shares / shares.sum()):
+    choices = random.choice(len(domains), size=run.batch, p=shares / shares.sum())
+    for choice in choices:
         tokens = data[domains[choice]]
         start = int(random.integers(0, len(tokens) - WINDOW + 1))
         rows.append(tokens[start : start + WINDOW].astype(np.int64))
-    return torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.stack(rows)), torch.from_numpy(choices.astype(np.int64))
 
 
 @dataclass
@@ -101,8 +106,11 @@ def _set_up(model: nn.Module, run: Run) -> Trained:
     return Trained(model, optimizers, [n for n, _ in (*decayed, *plain)], [])
 
 
-def language_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token in nats, plus what the model itself adds (router balance)."""
+LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def language_loss(model: nn.Module, ids: Tensor, domains: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token in nats; the rows' domains do not matter to it."""
     loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
     return loss
 
@@ -113,6 +121,7 @@ def fit(
     data: Mapping[str, Tokens],
     checkpoint: Path | None = None,
     *,
+    loss: LossFunction = language_loss,
     stop_after: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Trained:
@@ -128,7 +137,7 @@ def fit(
     end = run.steps if stop_after is None else min(run.steps, stop_after)
     began = time.monotonic()
     for step in range(start, end):
-        trained.history.append(_step(trained, run, draw_batch(run, data, step), step))
+        trained.history.append(_step(trained, run, loss, draw_batch(run, data, step), step))
         if (step + 1) % CHECKPOINT_EVERY == 0:
             speed = (step + 1 - start) * run.batch * WINDOW / (time.monotonic() - began)
             recent = sum(trained.history[-50:]) / len(trained.history[-50:])
@@ -140,12 +149,12 @@ def fit(
     return trained
 
 
-def _step(trained: Trained, run: Run, ids: Tensor, step: int) -> float:
+def _step(trained: Trained, run: Run, objective: LossFunction, batch: tuple[Tensor, Tensor], step: int) -> float:
     for optimizer, peak in zip(trained.optimizers, (run.peak_rate, run.muon_rate), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = peak * run.scale(step)
     with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16_units()):
-        loss = language_loss(trained.model, ids)
+        loss = objective(trained.model, *batch)
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_((p for p in trained.model.parameters() if p.requires_grad), run.clip)
     for optimizer in trained.optimizers:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,11 +51,13 @@ def test_schedule_rises_then_follows_half_a_cosine() -> None:
 
 
 def test_batches_depend_on_seed_and_step_alone() -> None:
-    first = draw_batch(TOY, DATA, 3)
-    assert torch.equal(first, draw_batch(TOY, DATA, 3))
-    assert not torch.equal(first, draw_batch(TOY, DATA, 4))
-    assert not torch.equal(first, draw_batch(replace(TOY, seed=6), DATA, 3))
-    rows = torch.cat([draw_batch(replace(TOY, batch=16), DATA, step) for step in range(40)])
+    first, _ = draw_batch(TOY, DATA, 3)
+    assert torch.equal(first, draw_batch(TOY, DATA, 3)[0])
+    assert not torch.equal(first, draw_batch(TOY, DATA, 4)[0])
+    assert not torch.equal(first, draw_batch(replace(TOY, seed=6), DATA, 3)[0])
+    batches = [draw_batch(replace(TOY, batch=16), DATA, step) for step in range(40)]
+    rows, domains = torch.cat([ids for ids, _ in batches]), torch.cat([domains for _, domains in batches])
+    assert torch.equal((rows >= 32).all(dim=1), domains == 1)  # 'b' is the second name and has the upper tokens
     share = (rows < 32).all(dim=1).double().mean().item()
     assert abs(share - 0.75) < 4 * math.sqrt(0.75 * 0.25 / len(rows))
 
@@ -149,6 +152,24 @@ def test_routing_report_by_hand() -> None:
     assert (report["entropy_all_domains"], report["information"], report["maximum"]) == ([ln4], [ln2], ln4)
     alike = {name: torch.full((1, 4), 0.25).double() for name in "xy"}
     assert moe.routing_report(alike)["information"] == [0.0]
+
+
+class FixedRouter(nn.Module):
+    """Stands for a mixture whose router is sure: expert 0 in rows of zeros, expert 1 in rows of ones."""
+
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+        logits = nn.functional.one_hot(input_ids.flatten(), 2).float() * 60
+        return SimpleNamespace(loss=torch.tensor(2.0), router_logits=(logits, torch.zeros_like(logits)))
+
+
+def test_specialising_loss_is_less_the_information_by_hand() -> None:
+    """Three rows in four of domain 0: layer 0 tells the domain, H(3/4, 1/4) nats; layer 1 tells nothing."""
+    ids = torch.tensor([[0, 0], [0, 0], [0, 0], [1, 1]])
+    told = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    loss = moe.specialising_loss(FixedRouter(), ids, torch.tensor([0, 0, 0, 3]))
+    assert loss.item() == pytest.approx(2.0 - 0.03 * told / 2, abs=1e-6)
+    mixed = moe.specialising_loss(FixedRouter(), torch.tensor([[0, 1], [0, 1]]), torch.tensor([0, 1]))
+    assert mixed.item() == pytest.approx(2.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("name", "experts", "top"), [("qwen3-moe", 16, 4), ("mixtral", 8, 2)])
