@@ -12,11 +12,8 @@ from mergekit_lr import host, selection
 from mergekit_lr.method import GRID
 from mergekit_lr.philox import draws
 from mergekit_lr.pieces import apply
-from mergekit_lr.registry import builtin_methods
 
-from .test_contract import CASES, EXAMPLES, bases, inputs
-
-METHODS = builtin_methods()
+from .examples import CASES, EXAMPLES, METHODS, bases, inputs
 
 
 def merged(name: str, i: int, shape: tuple[int, ...], device: str) -> list[torch.Tensor]:

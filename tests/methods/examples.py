@@ -1,0 +1,85 @@
+"""Parameters to try each method with, and inputs for it.
+
+An example is ``(merge parameters, parameters of each of three models)``; a method that takes fewer models gets
+the first ones. ``UNANIMOUS`` holds parameters under which models that all agree are given back, whatever the base;
+a method that is left out makes no such promise beyond a base that agrees too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mergekit_lr.method import Base, Method
+from mergekit_lr.registry import builtin_methods
+
+Example = tuple[dict[str, Any], list[dict[str, Any]]]
+
+WEIGHTS = [{"weight": 0.5}, {"weight": 0.3}, {"weight": 0.2}]
+DENSITIES = [{"weight": 0.5, "density": 0.5}, {"weight": 0.3, "density": 0.7}, {"weight": 0.2, "density": 0.4}]
+NONE: list[dict[str, Any]] = [{}, {}, {}]
+
+EXAMPLES: dict[str, list[Example]] = {
+    "breadcrumbs": [({}, [{**d, "gamma": 0.1} for d in DENSITIES]), ({"rescale": True}, DENSITIES)],
+    "breadcrumbs_ties": [({"threshold_scope": "model"}, [{**d, "gamma": 0.1} for d in DENSITIES])],
+    "dare_linear": [({}, DENSITIES), ({"rescale_by": "l1"}, DENSITIES)],
+    "dare_ties": [({}, DENSITIES), ({"rescale_by": "l1", "normalize": True}, DENSITIES)],
+    "della": [({}, DENSITIES), ({"epsilon_rule": "full", "rescale_by": "l1"}, DENSITIES)],
+    "della_linear": [({}, DENSITIES), ({"epsilon_rule": "full"}, DENSITIES)],
+    "karcher": [({}, NONE), ({"max_iter": 3, "tol": 1e-3}, NONE)],
+    "linear": [({}, WEIGHTS), ({"normalize": False}, WEIGHTS)],
+    "model_stock": [({}, NONE), ({"filter_wise": True}, NONE), ({"norm_floor": 0}, NONE)],
+    "multislerp": [({}, WEIGHTS), ({"normalize_weights": False}, WEIGHTS)],
+    "nuslerp": [
+        ({}, WEIGHTS),
+        ({"nuslerp_flatten": False}, WEIGHTS),
+        ({"nuslerp_flatten": False, "nuslerp_row_wise": True}, WEIGHTS),
+    ],
+    "passthrough": [({}, NONE), ({}, [{"scale": 0.5}])],
+    "sce": [({}, NONE), ({"select_topk": 0.3}, NONE), ({"mass_floor": 0}, NONE)],
+    "slerp": [({"t": 0.3}, NONE), ({"t": 0.0}, NONE)],
+    "task_arithmetic": [({}, WEIGHTS), ({"lambda": 0.7, "normalize": True}, WEIGHTS)],
+    "ties": [
+        ({}, DENSITIES),
+        ({"threshold_scope": "model", "normalize": False}, DENSITIES),
+        ({"rescale": True, "lambda": 0.5}, DENSITIES),
+    ],
+}
+
+UNANIMOUS: dict[str, Example] = {
+    "breadcrumbs": ({}, WEIGHTS),
+    "breadcrumbs_ties": ({}, WEIGHTS),
+    "dare_linear": ({}, WEIGHTS),
+    "dare_ties": ({}, WEIGHTS),
+    "della": ({}, WEIGHTS),
+    "della_linear": ({}, WEIGHTS),
+    "karcher": ({}, NONE),
+    "linear": ({}, WEIGHTS),
+    "model_stock": ({"norm_floor": 0}, NONE),
+    "multislerp": ({}, WEIGHTS),
+    "nuslerp": ({}, WEIGHTS),
+    "passthrough": ({}, NONE),
+    "sce": ({}, NONE),
+    "task_arithmetic": ({}, WEIGHTS),
+    "ties": ({}, WEIGHTS),
+}
+
+METHODS = builtin_methods()
+CASES = [(name, i) for name, found in EXAMPLES.items() for i in range(len(found))]
+
+
+def inputs(
+    method: Method, shape: tuple[int, ...], *, with_base: bool, seed: int = 0
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """bf16 models around a base, as many as the method takes (three where it may), and the base."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator) * 0.05
+    count = min(3, method.max_models or 3)
+    models = [(base + torch.randn(shape, generator=generator) * 0.01).bfloat16() for _ in range(count)]
+    return models, base.bfloat16() if with_base else None
+
+
+def bases(method: Method) -> list[bool]:
+    """With or without a reference: what the method can be called with."""
+    return {Base.REQUIRED: [True], Base.OPTIONAL: [False, True]}.get(method.base, [False])
