@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GRID = 65_536
-"""Elements between the places where an elementwise tensor may be cut; also the block of every blocked sum."""
+"""Elements between the places where an elementwise tensor may be cut."""
 
 
 class Space(StrEnum):

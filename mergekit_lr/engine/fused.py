@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
+from mergekit_lr.combine import summable
 from mergekit_lr.graph.nodes import Delta, Operation, Restore, Sink, Source
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import Method
@@ -32,7 +33,7 @@ def fused_sum(method: Method, operation: Operation, sink: Sink, state: Any) -> F
     if ITEM_BYTES[sink.dtype] > 2:
         return None
     c = method.coefficients(operation.call, state)
-    if c is None:
+    if c is None or summable(c) is None:
         return None
     total: dict[Source, float] = {}
     for value, ci in zip(operation.inputs, c, strict=True):
