@@ -92,10 +92,8 @@ def lay_out(tensors: Sequence[Described], shard_size: int) -> Layout:
     shards: list[Shard] = []
     places: dict[str, Place] = {}
     for i, group in enumerate(groups):
-        if len(groups) == 1:
-            file = "model.safetensors"
-        else:
-            file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        part = "" if len(groups) == 1 else f"-{i + 1:05d}-of-{len(groups):05d}"
+        file = f"model{part}.safetensors"
         shards.append(_shard(file, i, group, places))
     return Layout(tuple(shards), places)
 
