@@ -94,9 +94,12 @@ class Certificate:
         )
 
 
-def rounding_floor(dtype: torch.dtype) -> float:
-    """Below ``floor * ||M||_F`` a residual is rounding: 6e-6 for fp32 factors, 1e-13 for fp64 ones."""
-    return 6e-6 if dtype == torch.float32 else 1e-13
+def rounding_floor(returned: torch.dtype, promise: float) -> float:
+    """The residual, relative to ``||M||_F``, below which rounding of the factors alone breaks a relative promise.
+
+    ``1.05 rho / sqrt((1 + promise)^2 - 1)``: 7e-6 for fp32 factors and 1e-3, 7e-12 for fp64 ones and 1e-6.
+    """
+    return 1.05 * ROUNDING[torch.float64, returned] / math.sqrt((1.0 + promise) ** 2 - 1.0)
 
 
 def gram_rounding(probe: Probe, g: Tensor) -> float:
@@ -220,7 +223,7 @@ def certify(
         residual=math.sqrt(max(tail, 0.0) + extra),
         norm=math.sqrt(norm_squared),
         promise=promise,
-        floor=rounding_floor(returned),
+        floor=rounding_floor(returned, promise),
         route=route,
         bound_residual=math.sqrt(max(tail + slack, 0.0) + extra),
     )

@@ -37,7 +37,8 @@ class KrylovTruncation:
     """A certified Krylov answer with what it already computed.
 
     ``projected`` is the projection on the basis: ``basis^T M`` if the side is LEFT, ``(M basis)^T`` if RIGHT,
-    ``[r, d]``; its rows are orthogonal because Ritz vectors diagonalise it.
+    ``[r, d]``, in the units of the blocks (their scale included); its rows are orthogonal because Ritz vectors
+    diagonalise it.
     """
 
     subspace: Subspace
@@ -145,7 +146,7 @@ def _ritz(request: Request, rank: int, space: _Space, step: int) -> KrylovTrunca
     fix_signs(basis, projected)
     unit = 1.0 / request.blocks.scale
     subspace = Subspace(request.side, basis, theta[:rank].sqrt() * unit, certificate.in_units(unit))
-    return KrylovTruncation(subspace, projected * unit if unit != 1.0 else projected)
+    return KrylovTruncation(subspace, projected)
 
 
 def _skew(q: Tensor) -> float:

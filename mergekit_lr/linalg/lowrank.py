@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_lr.errors import LinalgError
-from mergekit_lr.linalg.certificate import EXACT_PROMISE, Certificate, rounding_floor
+from mergekit_lr.linalg.certificate import PROMISE, Certificate, rounding_floor
 from mergekit_lr.linalg.checks import check_matrix, check_same_shape, largest_entry
 from mergekit_lr.linalg.eigh import fix_signs
 from mergekit_lr.linalg.exact import full_svd
@@ -101,12 +102,13 @@ def _cut(u: Tensor, sigma: Tensor, vh: Tensor, rank: int | RankPolicy | None, pa
     fix_signs(u, vh)
     residual = float(torch.linalg.vector_norm(sigma[r:]))
     norm = float(torch.linalg.vector_norm(sigma))
+    floor = rounding_floor(dtype, PROMISE)
     certificate = Certificate(
-        excess=0.0 if residual > rounding_floor(dtype) * norm else float("inf"),
+        excess=0.0 if residual > floor * norm else math.inf,
         residual=residual,
         norm=norm,
-        promise=EXACT_PROMISE,
-        floor=rounding_floor(dtype),
+        promise=PROMISE,
+        floor=floor,
         route=f"core of order {limit}",
         bound_residual=residual,
     )

@@ -58,7 +58,7 @@ def truncated_svd(
 
     Promise: ``||A - U S V||_F <= (1 + tolerance) tau_r`` with tau_r the optimum, certified after the solve, or the
     call escalates by itself (block Krylov where r is small, fp32 Gram and eigensolver, fp64 Gram, full fp64
-    solve). Where tau_r is below 6e-6 ``||A||_F`` factors in fp32 cannot carry a relative promise; then the
+    solve). Where tau_r is below 7e-6 ``||A||_F`` factors in fp32 cannot carry a relative promise; then the
     residual is at most that. Columns are orthonormal to 1e-5. The result does not depend on threads' scheduling,
     on batches or on the order of tensors; signs are fixed by each left (or right, if n < m) vector's largest
     component.
@@ -88,40 +88,42 @@ def truncated_svd(
             return _from_rows(request, iterated.subspace, iterated.projected)
     found = solve(request)
     rows = blocks.away(request.side, found.basis).T.contiguous()
-    if blocks.scale != 1.0:
-        rows = rows / blocks.scale
     return _from_rows(request, found, rows)
 
 
 def _from_rows(request: Request, found: Subspace, rows: Tensor) -> TruncatedSVD:
-    """Factors from the basis and the projection on it, ``rows = basis^T M`` (r rows)."""
-    basis = found.basis
-    polished = _polish(rows, found.certificate)
+    """Factors from the basis and the projection on it, ``rows = basis^T M`` (r rows, M with the blocks' scale).
+
+    ``rows`` is overwritten.
+    """
+    basis, scale = found.basis, request.blocks.scale
+    polished = _polish(rows, found.certificate.in_units(scale))
     if polished is None:
-        rotation, s, vectors = _core(rows)
+        rotation, s, vectors = _core(request.blocks.away(request.side, basis).T)
         basis = (basis.double() @ rotation).to(basis.dtype)
+        fix_signs(basis, vectors)
     else:
-        s, vectors, order = polished
-        basis = basis[:, order]
-    basis, s, vectors = (x.to(request.dtype) for x in (basis, s, vectors))
-    basis, vectors = basis.contiguous(), vectors.contiguous()
-    fix_signs(basis, vectors)
+        s, vectors = polished
+        if bool((s.diff() > 0).any()):  # nearly equal values may come out of order
+            order = torch.argsort(s, descending=True, stable=True)
+            s, vectors, basis = s[order], vectors[order], basis[:, order].contiguous()
+    basis, s, vectors = (x.to(request.dtype).contiguous() for x in (basis, s / scale, vectors))
     if request.side is Side.LEFT:
         return TruncatedSVD(basis, s, vectors, found.certificate)
     return TruncatedSVD(vectors.T.contiguous(), s, basis.T.contiguous(), found.certificate)
 
 
-def _polish(rows: Tensor, certificate: Certificate) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Row norms, orthonormal rows and order, when the rows are orthogonal enough for Newton-Schulz to finish.
+def _polish(rows: Tensor, certificate: Certificate) -> tuple[Tensor, Tensor] | None:
+    """Row norms and orthonormal rows (in place), when the rows are orthogonal enough for Newton-Schulz to finish.
 
-    With ``P = diag(s) Z`` and ``Z Z^T = I + C``, ``Z <- Z - C Z / 2`` leaves 3/4 C^2. Replacing P by ``diag(s) Z``
-    adds ``||P - diag(s) Z||_F^2`` to the squared residual (it lies inside the basis); more than a hundredth of
-    what the promise allows, or values too far apart for fp32, and the answer is None.
+    With ``P = diag(s) Z`` and ``Z Z^T = I + C``, ``Z <- Z - C Z / 2`` leaves 3/4 C^2. Replacing P by ``diag(s) Z`` adds
+    ``||P - diag(s) Z||_F^2`` to the squared residual (it lies inside the basis); if that is more than a fiftieth of
+    what the promise allows, or values are too far apart for fp32, the answer is None.
     """
     s = torch.linalg.vector_norm(rows, dim=1)
     if not float(s.min()) > STEEP * float(s.max()):
         return None
-    z = rows / s.unsqueeze(1)
+    z, changed = rows.div_(s.unsqueeze(1)), 0.0
     target = 3e-6 if rows.dtype == torch.float32 else 1e-13
     for _ in range(3):
         c = outer_product(z)
@@ -131,17 +133,13 @@ def _polish(rows: Tensor, certificate: Certificate) -> tuple[Tensor, Tensor, Ten
             return None
         if float(c.abs().max()) <= target:
             break
-        z = torch.addmm(z, c, z, alpha=-0.5)
+        moved = c @ z
+        changed += 0.5 * float(torch.linalg.vector_norm(torch.linalg.vector_norm(moved, dim=1) * s))
+        z.add_(moved, alpha=-0.5)
         if size * size < target:
             break
-    changed = float(torch.linalg.vector_norm(rows - s.unsqueeze(1) * z))
-    allowed = max(
-        0.02 * certificate.promise * certificate.residual**2, (0.2 * certificate.floor * certificate.norm) ** 2
-    )
-    if changed**2 > allowed:
-        return None
-    order = torch.argsort(s, descending=True, stable=True)
-    return s[order], z[order], order
+    allowed = (0.02 * certificate.promise) ** 0.5 * certificate.residual
+    return None if changed > max(allowed, 0.2 * certificate.floor * certificate.norm) else (s, z)
 
 
 def _core(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
