@@ -44,17 +44,17 @@ TINY = LlamaShape(hidden=16, intermediate=32, layers=2, heads=2, vocabulary=32, 
 
 def recipes() -> dict[str, dict[str, Any]]:
     """The six merges, as a user would write them."""
-    tuned = [f"ft_{number}" for number in range(1, FINE_TUNES + 1)]
+    tuned = [f"./ft_{number}" for number in range(1, FINE_TUNES + 1)]
     equal = [{"model": name, "parameters": {"weight": 0.4}} for name in tuned]
     half = [{"model": name, "parameters": {"weight": 0.4, "density": 0.5}} for name in tuned]
     plain = [{"model": name} for name in tuned]
     return {
         "linear": {"models": equal[:2]},
-        "slerp": {"models": [{"model": "base"}, plain[0]], "base_model": "base", "parameters": {"t": 0.4}},
-        "task_arithmetic": {"models": equal, "base_model": "base"},
-        "model_stock": {"models": plain, "base_model": "base"},
-        "dare_ties": {"models": half, "base_model": "base"},
-        "ties": {"models": half, "base_model": "base"},
+        "slerp": {"models": [{"model": "./base"}, plain[0]], "base_model": "./base", "parameters": {"t": 0.4}},
+        "task_arithmetic": {"models": equal, "base_model": "./base"},
+        "model_stock": {"models": plain, "base_model": "./base"},
+        "dare_ties": {"models": half, "base_model": "./base"},
+        "ties": {"models": half, "base_model": "./base"},
     }
 
 
@@ -86,7 +86,14 @@ class Setting:
         if contestant == "small":
             return [ours, "merge", recipe, out, "--device", "cpu", "--quiet", "--max-memory", SMALL_MEMORY]
         assert self.peer is not None
-        return [str(self.peer / "mergekit-yaml"), recipe, out, "--no-copy-tokenizer", "--quiet"]
+        return [
+            str(self.peer / "mergekit-yaml"),
+            recipe,
+            out,
+            "--no-copy-tokenizer",
+            "--no-write-model-card",
+            "--quiet",
+        ]
 
     def clear(self) -> None:
         """Remove outputs of an earlier run."""
@@ -115,9 +122,9 @@ def prepare(root: Path, shape: LlamaShape) -> None:
         (root / f"{method}.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         warm = json.loads(json.dumps(recipe))
         for entry in warm["models"]:
-            entry["model"] = f"tiny/{entry['model']}"
+            entry["model"] = entry["model"].replace("./", "./tiny/")
         if "base_model" in warm:
-            warm["base_model"] = "tiny/base"
+            warm["base_model"] = "./tiny/base"
         (root / "tiny" / f"{method}.yml").write_text(yaml.safe_dump(warm, sort_keys=False))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-SAMPLE_SECONDS = 0.01
+SAMPLE_SECONDS = 0.03
 READ_PIECE = 1 << 20
 
 
@@ -33,27 +33,45 @@ class Sample:
         return {key: round(value, 4) for key, value in asdict(self).items()}
 
 
+def _family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += _family(int(child))
+    return found
+
+
 class MemoryWatch(threading.Thread):
-    """Samples RssAnon and RssFile (with shared memory) of a process until it ends; keeps the peaks."""
+    """Samples the resident memory of a process and its children until it ends; keeps the peaks.
+
+    Proportional set sizes are added up, so that what forked children share with their parent counts once.
+    """
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.status = Path(f"/proc/{pid}/status")
+        self.pid = pid
         self.anonymous = 0
         self.file_backed = 0
 
     def run(self) -> None:
         """Sample until the process is gone."""
         while True:
+            kilobytes = {"Pss_Anon": 0, "Pss_File": 0, "Pss_Shmem": 0}
+            seen = False
             try:
-                fields = dict(line.split(":", 1) for line in self.status.read_text().splitlines())
-            except (FileNotFoundError, ProcessLookupError):
+                for pid in _family(self.pid):
+                    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+                        name, amount = line.split(":")
+                        if name in kilobytes:
+                            kilobytes[name] += int(amount.split()[0])
+                            seen = True
+            except (FileNotFoundError, ProcessLookupError):  # one of them has just ended
+                seen = seen or Path(f"/proc/{self.pid}/smaps_rollup").exists()
+            if not seen:  # gone, or a zombie, which has no memory any more
                 return
-            if "RssAnon" not in fields:  # a zombie has no memory any more
-                return
-            kilobytes = {key: int(fields[key].split()[0]) for key in ("RssAnon", "RssFile", "RssShmem")}
-            self.anonymous = max(self.anonymous, kilobytes["RssAnon"] * 1024)
-            self.file_backed = max(self.file_backed, (kilobytes["RssFile"] + kilobytes["RssShmem"]) * 1024)
+            self.anonymous = max(self.anonymous, kilobytes["Pss_Anon"] * 1024)
+            self.file_backed = max(self.file_backed, (kilobytes["Pss_File"] + kilobytes["Pss_Shmem"]) * 1024)
             time.sleep(SAMPLE_SECONDS)
 
 
