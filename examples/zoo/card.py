@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from zoo import WORK
+from zoo.text import read_summary
 from zoo.train import WINDOW, Run
 
 _TITLES = {
@@ -46,7 +44,7 @@ def loss_table(losses: Mapping[str, float]) -> str:
 
 
 def _training(run: Run) -> str:
-    summary: dict[str, Any] = json.loads((WORK / "text" / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary()
     total = sum(run.mixture.values())
     rows = [
         [domain, f"{share / total:.0%}", f"{summary[domain]['bytes'] / 1e6:.1f} MB", f"{summary[domain]['tokens']:,}"]

@@ -15,7 +15,7 @@ def build(name: str) -> None:
     of two files.
     """
     run = runs.DENSE[name]
-    model = models.new_base(run.seed) if name == "base" else models.load(models.base_folder())
+    model = models.new_base(run.seed) if name == "base" else models.load_base()
     data = {domain: training_tokens(domain) for domain in DOMAINS}
     checkpoint = WORK / "checkpoints" / f"{name}.pt"
     trained = fit(model, run, data, checkpoint)
@@ -25,4 +25,4 @@ def build(name: str) -> None:
     if name != "base":
         models.write_moments(trained, run, folder)
     card.write_dense(folder, run, models.losses(models.load(folder)))
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import COMMITTED, WORK, models
-from zoo.runs import DENSE
+from zoo.runs import ADAPTERS, DENSE, MIXTURES
 from zoo.sources import DOMAINS
 from zoo.text import read_manifest
 from zoo.train import WINDOW
@@ -18,12 +18,20 @@ def folder_of(name: str) -> Path:
     return WORK / name if (WORK / name / "README.md").is_file() else COMMITTED / name
 
 
+def _load(name: str) -> Any:
+    if name not in ADAPTERS:
+        return models.load(folder_of(name))
+    from peft import PeftModel  # an optional dependency, only of the adapters
+
+    return PeftModel.from_pretrained(models.load(models.base_folder()), folder_of(name)).eval()
+
+
 def write(path: Path) -> None:
-    """Measure every dense model and write ``{"models": {name: {domain: nats per token}}}``."""
+    """Measure every language model there is and write ``{"models": {name: {domain: nats per token}}}``."""
     table: dict[str, Any] = {}
-    for name in DENSE:
-        if (folder_of(name) / "config.json").is_file():
-            table[name] = {d: round(v, 5) for d, v in models.losses(models.load(folder_of(name))).items()}
+    for name in (*DENSE, *ADAPTERS, *MIXTURES):
+        if (folder_of(name) / "README.md").is_file():
+            table[name] = {domain: round(value, 5) for domain, value in models.losses(_load(name)).items()}
     manifest = read_manifest()
     document = {
         "unit": "nats per token",

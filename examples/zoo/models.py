@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mergekit_lr.errors import CheckpointError
+from mergekit_lr.errors import CheckpointError, VerificationError
 from zoo import COMMITTED, WORK, tokenizer
 from zoo.sources import DOMAINS
 from zoo.text import heldout_tokens
@@ -64,6 +64,22 @@ def base_folder() -> Path:
     """The base built here, else the committed one: what every model that starts from the base starts from."""
     built = WORK / "base"
     return built if (built / "config.json").is_file() else COMMITTED / "base"
+
+
+def load_base() -> PreTrainedModel:
+    """The base that fine-tunes start from, float32.
+
+    Raises:
+        VerificationError: it speaks another tokenizer than the training tokens.
+    """
+    folder = base_folder()
+    if tokenizer.digest(folder) != tokenizer.digest(tokenizer.folder()):
+        raise VerificationError(
+            "the base has another tokenizer than the one built here", where=str(folder),
+            why="a token number would stand for other text",
+            fix="build the part base too, or delete examples/zoo/build/tokenizer and examples/zoo/build/text",
+        )  # fmt: skip
+    return load(folder)
 
 
 def write_folder(model: Any, folder: Path, *, shard_size: str = "5GB") -> None:

@@ -153,4 +153,4 @@ def build(name: str) -> None:
     tags = [name.replace("-", "_"), "moe", "example"]
     losses = models.losses(stored)
     card.write(folder, card.header(tags, "transformers") + card.body(name, what, run, losses, _routing_table(report)))
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)

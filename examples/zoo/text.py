@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mergekit_lr.errors import VerificationError
 from zoo import HELDOUT, WORK
 from zoo.sources import DOMAINS, Document, collect
-from zoo.tokenizer import END_OF_TEXT, encode
+from zoo.tokenizer import END_OF_TEXT, digest, encode, folder
 
 HELDOUT_BYTES = 80_000
 _DOCUMENT_BYTES = 10_000  # a slice of one document, so that no single page is the whole domain
@@ -143,7 +143,7 @@ def _token_file(domain: str) -> Path:
 def write_tokens() -> None:
     """Tokenise the training text of every domain once; documents are parted by the end-of-text token."""
     (WORK / "text").mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = {"tokenizer": digest(folder())}
     for domain in DOMAINS:
         documents = training_documents(domain)
         ids: list[int] = []
@@ -157,8 +157,24 @@ def write_tokens() -> None:
 
 
 def training_tokens(domain: str) -> Tokens:
+    """The training tokens of ``domain``.
+
+    Raises:
+        VerificationError: another tokenizer made them than the one in use now.
+    """
+    if read_summary()["tokenizer"] != digest(folder()):
+        raise VerificationError(
+            "the training tokens are of another tokenizer", where=str(WORK / "text"), why="its sha256 differs",
+            fix="delete the folder and build the part text again",
+        )  # fmt: skip
     tokens: Tokens = np.load(_token_file(domain))
     return tokens
+
+
+def read_summary() -> dict[str, Any]:
+    """Documents, bytes and tokens of each domain, and the digest of the tokenizer that made the tokens."""
+    summary: dict[str, Any] = json.loads((WORK / "text" / "summary.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def heldout_tokens(domain: str) -> Tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,6 +71,11 @@ def folder() -> Path:
     """The tokenizer built here, else the one that the committed base carries."""
     built = WORK / "tokenizer"
     return built if (built / "tokenizer.json").is_file() else COMMITTED / "base"
+
+
+def digest(path: Path) -> str:
+    """The sha256 of the tokenizer in folder ``path``."""
+    return hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
 
 
 @functools.lru_cache(maxsize=2)
