@@ -59,6 +59,14 @@ class Job:
         with self._lock:
             self.done_bytes += nbytes
 
+    def forked(self, stop: Any) -> None:
+        """Begin anew in a worker process: locks of its own, files of its own, the parent's word to stop."""
+        self._lock = threading.Lock()
+        self._descriptors = {}
+        self.journal.unlock()
+        self.stop = stop
+        self.warnings = []
+
     def warn(self, text: str) -> None:
         with self._lock:
             if text not in self.warnings:

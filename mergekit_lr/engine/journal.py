@@ -38,6 +38,14 @@ class Journal:
             fs.append(self.path, b"\n" + _crc(body) + b" " + body)
             self.done[record["unit"]] = record
 
+    def unlock(self) -> None:
+        """After a fork: the lock may have been held by a thread that is not here."""
+        self._lock = threading.Lock()
+
+    def reload(self) -> None:
+        """Read what other processes have added."""
+        self.done = {**self.done, **self._read()}
+
     def forget(self, unit: str) -> None:
         self.done.pop(unit, None)
 

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.checkpoint.header import read_header
+from mergekit_lr.engine import processes
 from mergekit_lr.engine.artifacts import compute_artifacts
 from mergekit_lr.engine.digest import CHUNK, ChunkDigests
 from mergekit_lr.engine.execute import work
@@ -21,14 +22,13 @@ from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.manifest import make_report, small_files
 from mergekit_lr.engine.memory import keep_freed_memory
 from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, bytes_of, planned
+from mergekit_lr.engine.processes import TICK
 from mergekit_lr.engine.progress import Progress, ProgressEvent
 from mergekit_lr.engine.units import Unit
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import CheckpointError, VerificationError
 from mergekit_lr.lazy import torch
 from mergekit_lr.recipe import Recipe
-
-TICK = 0.1  # seconds between looks at the workers
 
 
 @dataclass(frozen=True)
@@ -166,25 +166,39 @@ def _written(plan: Plan, job: Job, unit: Unit) -> list[str]:
 
 def _drain(plan: Plan, job: Job, progress: Progress | None) -> None:
     """Let the workers do every unit that is not done yet."""
-    todo = deque(u for u in plan.units if u.key(plan.graph) not in job.journal.done)
+    todo = [u for u in plan.units if u.key(plan.graph) not in job.journal.done]
     total = bytes_of(plan)
-    failures: list[BaseException] = []
+
+    def tick(done: int) -> None:
+        if progress is not None:
+            progress(ProgressEvent(done, total, "merging"))
+
+    workers = min(plan.budget.threads, max(len(todo), 1))
+    if processes.worth_it(job, workers, total):
+        processes.drain(job, todo, workers, tick)
+    else:
+        threads_drain(job, deque(todo), workers, tick)
+    tick(total)
+
+
+def threads_drain(job: Job, todo: deque[Unit], workers: int, tick: Callable[[int], None]) -> None:
+    """Do all of ``todo`` with threads of this process; see `processes.drain`."""
     # Events, not Thread.join: an interrupted join marks a running thread as ended on CPython 3.11, and the
     # workspace must not be released while anyone still writes to it.
-    finished = [threading.Event() for _ in range(plan.budget.threads)]
+    failures: list[BaseException] = []
+    finished = [threading.Event() for _ in range(workers)]
     for event in finished:
         threading.Thread(target=work, args=(job, todo, failures, event), daemon=True).start()
     try:
         for event in finished:
             while not event.wait(TICK):
-                if progress is not None:
-                    progress(ProgressEvent(job.done_bytes, total, "merging"))
-    finally:
+                tick(job.done_bytes)
+    except BaseException:
         job.stop.set()
+        raise
+    finally:
         for event in finished:
             event.wait()
-    if progress is not None:
-        progress(ProgressEvent(total, total, "merging"))
     if failures:
         raise failures[0]
 
