@@ -167,6 +167,7 @@ def test_rank_deficient_matrix_keeps_orthonormal_columns() -> None:
         (torch.zeros(0, 3), "empty"),
         ([], "empty"),
         ([torch.ones(3, 3), torch.ones(4, 3)], "rows"),
+        ([torch.ones(3, 3), torch.ones(3, 3, device="meta")], "move them to one device"),
     ],
 )
 def test_bad_matrices(bad: torch.Tensor | list[torch.Tensor], message: str) -> None:
