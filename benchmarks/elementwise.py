@@ -11,8 +11,8 @@ Makes Llama-shaped bf16 checkpoints (four of 1.28 GB by default), then measures 
 ``small``       the same with ``--max-memory 256MiB``, for its memory
 ``mergekit``    ``mergekit-yaml`` from start to end (``--peer``; it does not sync its output)
 
-Inputs are in the page cache, dirty pages are written back before each run, and free memory is touched (see
-``measure.touch_free_memory``). The result goes to ``results/`` and, as a table, into ``docs/performance.md``.
+Inputs are in the page cache, dirty pages are written back before each run, and the free memory is the same and warm
+for everyone (see ``measure.Ballast``). The result goes to ``results/`` and, as a table, into ``docs/performance.md``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from typing import Any
 
 import yaml
 from checkpoints import LlamaShape, make_family
-from measure import Sample, machine, read_into_cache, run, touch_free_memory
+from measure import Ballast, Sample, machine, read_into_cache, run
 from report import write_table
 
 HERE = Path(__file__).parent
 FINE_TUNES = 3
 SMALL_MEMORY = "256MiB"
+MEMORY_IN_SIZES = 3  # free memory for a run, in checkpoint sizes: mergekit needs about 1.6, the output 1
 CONTESTANTS = ["floor", "in_process", "whole", "small", "early", "mergekit"]
 START_UPS = {"--help": ["--help"], "check": ["check", "ties.yml"]}
 TINY = LlamaShape(hidden=16, intermediate=32, layers=2, heads=2, vocabulary=32, shards=1)
@@ -64,7 +65,7 @@ class Setting:
 
     root: Path
     peer: Path | None
-    memory_to_touch: int
+    ballast: Ballast
 
     def inputs(self, method: str) -> list[str]:
         """Names of the model folders that a method reads."""
@@ -106,7 +107,7 @@ class Setting:
         self.clear()
         os.sync()
         read_into_cache([self.root / name for name in self.inputs(method)])
-        touch_free_memory(self.memory_to_touch)
+        self.ballast.trim()
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         sample = run(self.command(contestant, method), self.root, environment)
         self.clear()
@@ -129,15 +130,14 @@ def prepare(root: Path, shape: LlamaShape) -> None:
 
 
 def measure_all(
-    setting: Setting, methods: list[str], order: list[str], repeats: int, peer_repeats: int
+    setting: Setting, methods: list[str], order: list[str], repeats: int, repeats_of: dict[str, int]
 ) -> dict[str, Any]:
     """method -> contestant -> samples; contestants take turns, and their order turns from round to round."""
     samples: dict[str, dict[str, list[dict[str, float]]]] = {method: {} for method in methods}
-    for turn in range(max(repeats, peer_repeats)):
+    for turn in range(max(repeats, *repeats_of.values())):
         for method in methods:
             for contestant in order[turn % len(order) :] + order[: turn % len(order)]:
-                peer = contestant == "mergekit"
-                if turn >= (peer_repeats if peer else repeats) or (peer and setting.peer is None):
+                if turn >= repeats_of.get(contestant, repeats):
                     continue
                 sample = setting.measure(contestant, method)
                 samples[method].setdefault(contestant, []).append(sample.to_dict())
@@ -162,9 +162,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, help="for checkpoints, kept and reused (default: a temporary folder)")
     parser.add_argument("--peer", type=Path, help="folder with mergekit's commands; without it mergekit is left out")
     parser.add_argument("--methods", nargs="+", choices=list(recipes()), default=list(recipes()))
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, help="see --no-docs")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peer-repeats", type=int, default=1)
+    parser.add_argument("--side-repeats", type=int, default=1, help="of `small`")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=5504)
     parser.add_argument("--layers", type=int, default=12)
@@ -178,19 +179,22 @@ def main() -> None:
     """Measure, write the result file, write the table."""
     options = parse()
     shape = LlamaShape(options.hidden, options.intermediate, options.layers)
+    repeats_of = {
+        "whole": max(1, options.repeats - 1),
+        "mergekit": options.peer_repeats if options.peer else 0,
+        "small": options.side_repeats,
+    }
     root = options.workdir or Path(tempfile.mkdtemp(prefix="mergekit_lr-benchmark-"))
     try:
         prepare(root, shape)
-        setting = Setting(root.resolve(), options.peer, memory_to_touch=2 * shape.parameters() * 2)
+        setting = Setting(root.resolve(), options.peer, Ballast(MEMORY_IN_SIZES * 2 * shape.parameters()))
         result = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": machine(),
             "software": {name: version(name) for name in ("mergekit-lr", "torch")} | {"mergekit": "0.1.5"},
             "checkpoint": {"parameters": shape.parameters(), "bytes": 2 * shape.parameters(), "dtype": "bfloat16"},
             "start_up": start_ups(setting, options.repeats),
-            "samples": measure_all(
-                setting, options.methods, options.contestants, options.repeats, options.peer_repeats
-            ),
+            "samples": measure_all(setting, options.methods, options.contestants, options.repeats, repeats_of),
         }
     finally:
         if options.workdir is None:

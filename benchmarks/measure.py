@@ -102,15 +102,37 @@ def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> Sam
     return sample
 
 
-def touch_free_memory(size: int) -> None:
-    """Touch and release ``size`` bytes.
+def _free_memory() -> int:
+    """Bytes that nothing uses, the page cache included in use."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemFree:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no MemFree in /proc/meminfo")
 
-    A virtual machine whose host takes back free pages pays for each page again at its first use, up to five times
-    what a warm page costs, and the output's page cache is made of such pages. Done before every timed run, so that
-    all contestants find the same memory.
-    """
+
+def _touched(size: int) -> mmap.mmap:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    mmap.mmap(-1, size, flags=flags).close()
+    return mmap.mmap(-1, size, flags=flags)
+
+
+class Ballast:
+    """Makes all contestants find the same free memory: ``keep`` bytes of it, all touched just before.
+
+    A virtual machine whose host takes back pages that have been free for two seconds pays for each of them again at
+    its first use, up to five times what a warm page costs, and an output's page cache is made of such pages. Which
+    ones a run gets is chance, unless all free memory is warm; so most of it is held, and the rest touched each time.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.held: list[mmap.mmap] = []
+
+    def trim(self) -> None:
+        """Hold what is free beyond ``keep``, then touch and release what is left but for a tenth."""
+        surplus = _free_memory() - self.keep
+        if surplus > self.keep // 4:
+            self.held.append(_touched(surplus))
+        _touched(max(mmap.PAGESIZE, min(_free_memory(), self.keep) * 9 // 10)).close()
 
 
 def read_into_cache(folders: list[Path]) -> None:
