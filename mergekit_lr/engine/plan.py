@@ -21,7 +21,7 @@ from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
 from mergekit_lr.graph.build import build_graph
-from mergekit_lr.graph.nodes import MergeGraph, sources_of
+from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, sources_of
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.report.consistency import config_problems
@@ -198,15 +198,18 @@ def _lay_out(
     limit = None if max_memory is None else parse_size(max_memory)
     budget = make_budget(graph, slicing, limit, threads, device)
     tokenizer = inputs[str(recipe.tokenizer_source)] if recipe.tokenizer_source else merged[0]
-    config, config_warnings = merged_config(merged[0], {s.dtype for s in graph.sinks if s.dtype in AVERAGED})
+    picked = None if graph.layers is None else [(merged[m], layer) for m, layer in graph.layers]
+    dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED}
+    config, config_warnings = merged_config(merged[0], dtypes, picked)
     files, file_warnings = carried_over(merged[0], tokenizer)
     warnings = [*recipe.warnings, *config_warnings, *file_warnings]
     warnings += [f"the output's config.json: {p}" for p in _contradictions(config, graph)]
     for checkpoint in merged:
         warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
-    if graph.dropped:
-        model, tensor, rule = graph.dropped[0]
-        more = f" and {len(graph.dropped) - 1} more" if len(graph.dropped) > 1 else ""
+    lost = [d for d in graph.dropped if d[2] != OUTSIDE_SLICES]
+    if lost:
+        model, tensor, rule = lost[0]
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         warnings.append(f"{model}: tensor {tensor!r}{more} not merged ({rule})")
     units = units_of(graph, budget.threads)
     return Plan(recipe, inputs, graph, layout, budget, units, device, config, files, warnings)

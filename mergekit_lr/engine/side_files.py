@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from mergekit_lr.arch.by_layer import relayered
 from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
 from mergekit_lr.errors import CheckpointError, join_problems
 
@@ -54,12 +55,22 @@ def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str
     return files, warnings
 
 
-def merged_config(reference: Checkpoint, dtypes: set[str]) -> tuple[bytes | None, list[str]]:
-    """config.json of the output: the reference's, its dtype set to what was written, code references dropped."""
+def merged_config(
+    reference: Checkpoint, dtypes: set[str], layers: Sequence[tuple[Checkpoint, int]] | None = None
+) -> tuple[bytes | None, list[str]]:
+    """config.json of the output: the reference's, its dtype set to what was written, code references dropped.
+
+    ``layers``: for each output layer the model and the layer it came from, where layers were picked.
+
+    Raises:
+        CheckpointError: the config cannot describe the picked layers.
+    """
     if reference.config is None:
         return None, []
     warnings: list[str] = []
     config: dict[str, Any] = dict(reference.config)
+    if layers is not None:
+        config = relayered(config, reference.reference, [(c.config or config, c.reference, i) for c, i in layers])
     if "auto_map" in config:
         del config["auto_map"]
         warnings.append(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mergekit_lr.arch.layers import positions
 from mergekit_lr.arch.tied import config_ties, tied_source
 from mergekit_lr.checkpoint.dtypes import AVERAGED, RECIPE_DTYPES
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.errors import CheckpointError, join_problems
 from mergekit_lr.graph.nodes import Artifact, MergeGraph, Operation, Sink, Source
+from mergekit_lr.graph.places import Place, Places, find_places, left_out, why_absent
 from mergekit_lr.graph.spaces import as_input, as_weight
 from mergekit_lr.method import Base, Call
 from mergekit_lr.recipe import Recipe
@@ -27,104 +27,113 @@ class _Builder:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
-        self.entries = recipe.input_models()
-        base = str(recipe.base_model) if recipe.base_model else None
         #: the model whose names, layout, config and tokenizer the output gets
-        self.reference = base or str(self.entries[0].reference)
-        self.models = tuple(dict.fromkeys([self.reference, *(str(e.reference) for e in self.entries)]))
-        takes_base = recipe.method.base in (Base.REQUIRED, Base.OPTIONAL)
-        self.base = base if takes_base else None
-        self.space = recipe.method.space(self.base is not None)
+        self.reference = str(recipe.config_source)
+        taken = (str(e.reference) for g in recipe.groups for e in g.entries)
+        self.models = tuple(dict.fromkeys([self.reference, *taken]))
+        self.takes_base = recipe.method.base in (Base.REQUIRED, Base.OPTIONAL)
         self.out_dtype = recipe.out_dtype or recipe.dtype
 
     def source(self, model: str, name: str) -> Source | None:
-        """Where ``model`` keeps what the output calls ``name``; a tied head is its embeddings."""
+        """Where ``model`` keeps what it calls ``name``; a tied head is its embeddings."""
         checkpoint = self.inputs[model]
         if name in checkpoint.tensors:
             return Source(self.models.index(model), name)
         stand_in = tied_source(name, checkpoint.tensors) if config_ties(checkpoint.config) else None
         return Source(self.models.index(model), stand_in) if stand_in else None
 
-    def fits(self, name: str, info: TensorInfo, model: str, source: Source | None) -> bool:
-        """Whether one input has the tensor, in the reference's shape; notes a problem if not."""
+    def fits(self, place: Place, info: TensorInfo, model: str, name: str) -> Source | None:
+        """One input's tensor where it has one, in the template's shape; notes a problem if not."""
+        source = self.source(model, name)
+        reference = place.template[0]
         if source is None:
             self.problems.append(
-                f"{model}: tensor {name!r} is missing (the output is laid out as {self.reference}); "
+                f"{model}: tensor {name!r} is missing (the output is laid out as {reference}); "
                 "merge models of one architecture, or name another base_model"
             )
-            return False
+            return None
         found = self.inputs[model].tensors[source.tensor]
         if found.shape != info.shape:
             hint = "merge models of one architecture and size"
             if "embed" in name or "lm_head" in name or "wte" in name:
                 hint = "the vocabularies differ; resize one model's embeddings to the other's tokenizer first"
             self.problems.append(
-                f"{model}: tensor {name!r} has shape {list(found.shape)} where {self.reference} has "
+                f"{model}: tensor {name!r} has shape {list(found.shape)} where {reference} has "
                 f"{list(info.shape)}; {hint}"
             )
-            return False
+            return None
         if found.dtype not in AVERAGED:
             self.problems.append(
                 f"{model}: tensor {name!r} is stored as {found.dtype} and cannot be averaged; "
                 "convert the checkpoint to float16, bfloat16 or float32 first"
             )
-            return False
-        return True
-
-    def sink(self, info: TensorInfo, place: float) -> Sink | None:
-        """The output tensor that ``info`` of the reference becomes."""
-        name, own = info.name, Source(0, info.name)
-        if info.dtype not in AVERAGED:
-            return Sink(name, info.dtype, info.shape, own, f"copied: {info.dtype} is not averaged")
-        sources = [(str(e.reference), self.source(str(e.reference), name)) for e in self.entries]
-        fitting = [self.fits(name, info, model, source) for model, source in sources]  # note every misfit
-        if not all(fitting):
             return None
-        base = Source(self.models.index(self.base), name) if self.base else None
-        merge, per_model = self.recipe.resolve(name, place)
+        return source
+
+    def sink(self, place: Place) -> Sink | None:
+        """The output tensor at a place; None if its inputs do not fit, which is noted."""
+        model, tensor = place.template
+        info = self.inputs[model].tensors[tensor]
+        if info.dtype not in AVERAGED:
+            own = Source(self.models.index(model), tensor)
+            return Sink(place.name, info.dtype, info.shape, own, f"copied: {info.dtype} is not averaged")
+        group, method = place.group, self.recipe.method
+        names = tuple(place.name_in(e) for e in group.inputs)
+        labels = tuple(str(e.reference) for e in group.inputs)
+        base_entry = group.base if self.takes_base else None
+        found = [self.fits(place, info, m, n) for m, n in zip(labels, names, strict=True)]  # note every misfit
+        base = None
+        if base_entry is not None:
+            base = self.fits(place, info, str(base_entry.reference), place.name_in(base_entry))
+        sources = [s for s in found if s is not None]
+        if len(sources) < len(found) or (base is None and base_entry is not None):
+            return None
+        merge, per_model = group.resolve(place.name, place.t, None if place.stack is None else names)
         call = Call(
-            name=name,
+            name=place.name,
             shape=info.shape,
             merge=merge,
             models=per_model,
             has_base=base is not None,
             seed=self.recipe.seed,
-            keys=tuple(model for model, _ in sources),
+            keys=labels,
         )
-        inputs = tuple(as_input(s, self.space, base) for _, s in sources if s is not None)
-        method = self.recipe.method
-        operation = Operation(method.name, call, inputs, base, self.space)
+        space = method.space(base is not None)
+        operation = Operation(method.name, call, tuple(as_input(s, space, base) for s in sources), base, space)
         dtype = RECIPE_DTYPES[self.out_dtype] if self.out_dtype else info.dtype
-        return Sink(name, dtype, info.shape, as_weight(operation, base), "merged")
+        return Sink(place.name, dtype, info.shape, as_weight(operation, base), "merged")
 
-    def dropped(self) -> Iterable[tuple[str, str, str]]:
+    def dropped(self, places: Places) -> Iterable[tuple[str, str, str]]:
         """Input tensors that nothing takes."""
+        if places.stack is not None:
+            return left_out(self.recipe, self.inputs, places)
         reference = self.inputs[self.reference].tensors
-        for model in self.models[1:]:
-            for name in self.inputs[model].tensors:
-                if name not in reference:
-                    tied = tied_source(name, reference) and config_ties(self.inputs[self.reference].config)
-                    why = f"tied to the embeddings in {self.reference}" if tied else f"absent from {self.reference}"
-                    yield model, name, why
+        return (
+            (model, name, why_absent(name, self.inputs[self.reference]))
+            for model in self.models[1:]
+            for name in self.inputs[model].tensors
+            if name not in reference
+        )
 
 
 def build_graph(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> MergeGraph:
     """The graph of a recipe over opened inputs (by reference text).
 
     Raises:
-        CheckpointError: the inputs do not fit each other; ``problems`` holds every misfit.
+        CheckpointError: the inputs do not fit each other, or slices do not fit them; ``problems`` holds every misfit.
         RecipeError: a parameter has no value at some tensor.
     """
     builder = _Builder(recipe, inputs)
     refuse_quantised([inputs[m] for m in builder.models])
-    reference = inputs[builder.reference]
-    ordered = sorted(reference.tensors, key=reference.file_position)
-    places = positions(ordered)
-    sinks = [builder.sink(reference.tensors[n], places[n]) for n in ordered]
+    places = find_places(recipe, inputs)
+    sinks = [builder.sink(place) for place in places.every]
     if builder.problems:
-        raise join_problems(CheckpointError, builder.problems[:MAX_PROBLEMS])
+        raise join_problems(CheckpointError, list(dict.fromkeys(builder.problems))[:MAX_PROBLEMS])
     complete = with_artifact(recipe, [s for s in sinks if s is not None])
-    return MergeGraph(builder.models, tuple(complete), tuple(builder.dropped()))
+    layers = None
+    if places.layers is not None:
+        layers = tuple((builder.models.index(model), index) for model, index in places.layers)
+    return MergeGraph(builder.models, tuple(complete), tuple(builder.dropped(places)), layers)
 
 
 def with_artifact(recipe: Recipe, sinks: Sequence[Sink]) -> Sequence[Sink]:

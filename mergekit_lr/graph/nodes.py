@@ -74,17 +74,23 @@ class Sink:
     rule: str
 
 
+OUTSIDE_SLICES = "outside the slices"
+"""Rule of an input tensor that the recipe leaves out on purpose."""
+
+
 @dataclass(frozen=True)
 class MergeGraph:
     """Everything that will be written, and everything that will not and why.
 
     ``models``: references of the inputs, by index. ``dropped``: (model, tensor, rule) of every input tensor that
-    no output takes.
+    no output takes. ``layers``: for each output layer, the model (its index) and the layer that its names and config
+    come from; None where whole models are merged.
     """
 
     models: tuple[str, ...]
     sinks: tuple[Sink, ...]
     dropped: tuple[tuple[str, str, str], ...] = ()
+    layers: tuple[tuple[int, int], ...] | None = None
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
@@ -102,7 +108,7 @@ class MergeGraph:
         h = hashlib.sha256()
         for sink in self.sinks:
             h.update(repr(sink).encode())
-        h.update(json.dumps([self.models, self.dropped]).encode())
+        h.update(json.dumps([self.models, self.dropped, self.layers]).encode())
         return h.hexdigest()
 
     def rules(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergekit_lr.method import Base, Method, Parameters
 from mergekit_lr.recipe.catalogue import plugins, value_schema
+from mergekit_lr.recipe.entries import MAX_SLICES
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.schema import DTYPES, NONFINITE
 from mergekit_lr.recipe.walk import MAX_SEED
@@ -25,7 +26,8 @@ def schema() -> dict[str, Any]:
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "mergekit_lr recipe",
         "type": "object",
-        "required": ["merge_method", "models"],
+        "required": ["merge_method"],
+        "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
         "additionalProperties": False,
         "properties": _root([*methods, *plugins()]),
         "allOf": [_case(method) for method in methods.values()],
@@ -49,6 +51,13 @@ def _root(names: list[str]) -> dict[str, Any]:
                 "properties": {"model": reference, "parameters": parameters},
             },
         },
+        "slices": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_SLICES,
+            "description": "runs of layers, which become the output's layers in this order",
+            "items": _slice(reference, parameters),
+        },
         "base_model": {**reference, "type": ["string", "null"], "description": f"the base: {REFERENCE}"},
         "parameters": parameters,
         "dtype": {"enum": [*DTYPES, None], "description": "dtype to write, unless out_dtype says otherwise"},
@@ -63,22 +72,61 @@ def _root(names: list[str]) -> dict[str, Any]:
     }
 
 
+def _slice(reference: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """One item of ``slices``."""
+    return {
+        "type": "object",
+        "required": ["sources"],
+        "additionalProperties": False,
+        "properties": {
+            "sources": {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "object",
+                    "required": ["model", "layer_range"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "model": reference,
+                        "layer_range": {
+                            "type": "array",
+                            "minItems": 2,
+                            "maxItems": 2,
+                            "items": {"type": "integer", "minimum": 0},
+                            "description": "the first layer and the one after the last, counted from 0",
+                        },
+                        "parameters": parameters,
+                    },
+                },
+            },
+            "base_model": {**reference, "type": ["string", "null"], "description": "the base of this slice"},
+            "parameters": parameters,
+        },
+    }
+
+
 def _case(method: Method) -> dict[str, Any]:
     """What holds if ``merge_method`` is this method."""
     per_model = _parameters(method.PerModel)
+    every = {**per_model, **_parameters(method.Merge)}
+    sources = {"items": {"properties": {"parameters": _object(per_model)}}}
     then: dict[str, Any] = {
         "properties": {
-            "parameters": _object({**per_model, **_parameters(method.Merge)}),
-            "models": {"items": {"properties": {"parameters": _object(per_model)}}},
+            "parameters": _object(every),
+            "models": sources,
+            "slices": {"items": {"properties": {"parameters": _object(every), "sources": sources}}},
         }
     }
+    whole: dict[str, Any] = {}  # what a recipe for whole models needs; a slice may bring its own
     required = [n for n, f in parameter_fields(method.Merge).items() if f.required]
     if required:
-        then["properties"]["parameters"] |= {"type": "object", "required": required}
-        then["required"] = ["parameters"]
+        whole["properties"] = {"parameters": {"type": "object", "required": required}}
+        whole["required"] = ["parameters"]
     if method.base in (Base.REQUIRED, Base.OPERAND):
-        then["properties"]["base_model"] = {"type": "string"}
-        then["required"] = [*then.get("required", []), "base_model"]
+        whole.setdefault("properties", {})["base_model"] = {"type": "string"}
+        whole["required"] = [*whole.get("required", []), "base_model"]
+    if whole:
+        then["anyOf"] = [whole, {"required": ["slices"]}]
     return {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": then}
 
 

@@ -1,9 +1,9 @@
 """Parameter values that depend on the tensor: filters, gradients over layers, precedence of scopes.
 
 A *rule* is a value with an optional filter; a *chain* is the rules of one parameter in the order in which they are
-asked: the model's own, then the recipe's. The first rule whose filter is a substring of the tensor's name
-decides; a rule without a filter always does; where none does, the default holds. A list is a *gradient*: with m
-values v and the tensor at t in [0, 1],
+asked: the model's own, then its slice's, then the recipe's. The first rule whose filter is a substring of the
+tensor's name decides; a rule without a filter always does; where none does, the default holds. A list is a
+*gradient*: with m values v and the tensor at t in [0, 1],
 
     s = t (m - 1),  i = int(s),  f = s - i,  value = (1 - f) v[i] + f v[min(m - 1, i + 1)]
 
@@ -12,7 +12,7 @@ in float64 for numbers, and ``v[int(s)]`` for anything else. These are mergekit'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -81,6 +81,11 @@ def chains(names: Iterable[str], *scopes: Scope) -> dict[str, Chain]:
     return result
 
 
+def beneath(names: Iterable[str], own: Scope, below: dict[str, Chain]) -> dict[str, Chain]:
+    """`chains` of a scope over chains that are made already; those themselves where the scope is empty."""
+    return chains(names, own, below) if own else below
+
+
 def plain_chain(chain: Chain) -> Any:
     """A chain as a recipe writes it: a bare value if it is unconditional, else a list of filters."""
     if len(chain) == 1 and chain[0].filter is None:
@@ -89,11 +94,12 @@ def plain_chain(chain: Chain) -> Any:
 
 
 Resolved = tuple[Parameters, tuple[Parameters, ...]]
+Key = tuple[int, tuple[int, ...], float]
 
 
 @dataclass
 class ParameterTable:
-    """All chains of one recipe; `resolve` gives the parameters of one tensor.
+    """All chains of one recipe, or of one of its slices; `resolve` gives the parameters of one tensor.
 
     ``models`` pairs each input (as the recipe writes it) with its chains. Results are kept by what can matter,
     the filters that match and ``t``, so that a hundred thousand tensors cost a few hundred validations.
@@ -105,7 +111,7 @@ class ParameterTable:
     origin: str
     _filters: tuple[str, ...] = field(init=False, repr=False)
     _graded: bool = field(init=False, repr=False)
-    _cache: dict[tuple[int, float], Resolved] = field(init=False, repr=False, default_factory=dict)
+    _cache: dict[Key, Resolved] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         rules = list(self._rules())
@@ -117,10 +123,12 @@ class ParameterTable:
             for chain in table.values():
                 yield from chain
 
-    def resolve(self, tensor_name: str, t: float) -> Resolved:
+    def resolve(self, tensor_name: str, t: float, input_names: Sequence[str] | None = None) -> Resolved:
         """Validated parameters of the merge and of each input, for one tensor.
 
-        ``t`` in [0, 1] is the tensor's place between the first layer and the last.
+        ``t`` in [0, 1] is the tensor's place between the first layer and the last. ``input_names`` is what each
+        input calls the tensor, where that is not its name in the output: filters of an input's parameters look
+        at the input's name, those of the merge's at the output's.
 
         Raises:
             RecipeError: a required parameter has no value here, or the values make no sense together.
@@ -128,21 +136,27 @@ class ParameterTable:
         """
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"t must be in [0, 1], not {t!r}")
+        own = () if input_names is None else tuple(self._matches(name) for name in input_names)
+        key = (self._matches(tensor_name), own, t if self._graded else 0.0)
+        known = self._cache.get(key)
+        if known is None:
+            names = input_names or (tensor_name,) * len(self.models)
+            known = self._cache[key] = self._resolve(tensor_name, t, names)
+        return known
+
+    def _matches(self, tensor_name: str) -> int:
+        """One bit for each filter that applies."""
         matches = 0
         for f in self._filters:
             matches = matches << 1 | (f in tensor_name)
-        key = (matches, t if self._graded else 0.0)
-        known = self._cache.get(key)
-        if known is None:
-            known = self._cache[key] = self._resolve(tensor_name, t)
-        return known
+        return matches
 
-    def _resolve(self, tensor_name: str, t: float) -> Resolved:
+    def _resolve(self, tensor_name: str, t: float, input_names: Sequence[str]) -> Resolved:
         where = f"{self.origin}: tensor {tensor_name!r}"
         merge = self._build(self.method.Merge, self.merge, tensor_name, t, where)
         models = tuple(
-            self._build(self.method.PerModel, chains, tensor_name, t, f"{where}: model {label}")
-            for label, chains in self.models
+            self._build(self.method.PerModel, chains, name, t, f"{where}: model {label}")
+            for (label, chains), name in zip(self.models, input_names, strict=True)
         )
         wrong = self.method.problems(merge, models)
         if wrong:
@@ -172,8 +186,11 @@ class ParameterTable:
             path = ".".join(map(str, error["loc"]))
             raise RecipeError(f"{path}: {error['msg']}" if path else error["msg"], where=where) from None
 
-    def samples(self) -> Iterable[tuple[str, float]]:
-        """Tensor names and places that between them reach every filter and every value of every gradient."""
+    def samples(self, tables: int = 1) -> Iterable[tuple[str, float]]:
+        """Tensor names and places that between them reach every filter and every value of every gradient.
+
+        At most this table's share of `MAX_SAMPLING`, of ``tables`` in all.
+        """
         knots = {0.0, 1.0}
         rules = list(self._rules())
         for rule in rules:
@@ -181,7 +198,7 @@ class ParameterTable:
                 knots.update(i / (len(rule.value.values) - 1) for i in range(len(rule.value.values)))
         places = sorted(knots)
         # What is left out here is checked when the real tensors are resolved.
-        most = MAX_SAMPLING // (len(rules) + len(self.models) + 1)
+        most = MAX_SAMPLING // ((len(rules) + len(self.models) + 1) * tables)
         yield from islice(((name, t) for name in ("", *self._filters) for t in places), most)
 
     def complete_at(self, tensor_name: str) -> bool:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.method import Base, Method, Parameters
+from mergekit_lr.method import Method, Parameters
 from mergekit_lr.recipe.fields import parameter_fields
-from mergekit_lr.recipe.parameters import Chain, ParameterTable, Rule, Scope, chains, plain_chain
+from mergekit_lr.recipe.groups import Group, ModelEntry, Slice, build_groups
+from mergekit_lr.recipe.parameters import Chain, Rule, Scope, plain_chain
 
 Nonfinite = Literal["error", "warn", "allow"]
 
@@ -21,17 +22,10 @@ NONFINITE: tuple[Nonfinite, ...] = ("error", "warn", "allow")
 
 
 @dataclass(frozen=True)
-class ModelEntry:
-    """One item of ``models``: the model and the parameters given to it there."""
-
-    reference: ModelReference
-    parameters: Scope = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A checked recipe. Made by `mergekit_lr.recipe.load.load_recipe`; frozen.
 
+    It lists whole ``models`` or has ``slices``; the other is empty, and ``groups`` is the view that both have.
     ``dtype`` and ``out_dtype`` are names of torch dtypes or None; ``tokenizer_source`` is the model whose tokenizer
     the output gets (None: that of `config_source`); ``text`` is the exact YAML, ``origin`` the file
     it came from; ``warnings`` are lines about what is legal but probably not meant.
@@ -39,7 +33,8 @@ class Recipe:
 
     merge_method: str
     method: Method = field(repr=False, compare=False)
-    models: tuple[ModelEntry, ...]
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[Slice, ...] = ()
     base_model: ModelReference | None = None
     parameters: Scope = field(default_factory=dict)
     dtype: str | None = None
@@ -50,24 +45,12 @@ class Recipe:
     text: str = field(default="", repr=False, compare=False)
     origin: Path | None = field(default=None, compare=False)
     warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
-    _inputs: tuple[ModelEntry, ...] = field(init=False, repr=False, compare=False)
-    _table: ParameterTable = field(init=False, repr=False, compare=False)
+    _groups: tuple[Group, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        inputs = ordered_inputs(self.method, self.models, self.base_model)
-        object.__setattr__(self, "_inputs", inputs)
-        object.__setattr__(self, "_table", self._build_table(inputs))
-
-    def _build_table(self, inputs: tuple[ModelEntry, ...]) -> ParameterTable:
-        per_model = parameter_fields(self.method.PerModel)
-        return ParameterTable(
-            method=self.method,
-            merge=chains(parameter_fields(self.method.Merge), self.parameters),
-            models=tuple(
-                (str(entry.reference), chains(per_model, entry.parameters, self.parameters)) for entry in inputs
-            ),
-            origin=str(self.origin or "recipe"),
-        )
+        origin = str(self.origin or "recipe")
+        groups = build_groups(self.method, self.models, self.slices, self.base_model, self.parameters, origin)
+        object.__setattr__(self, "_groups", groups)
 
     @property
     def output_dtype(self) -> str | None:
@@ -77,52 +60,61 @@ class Recipe:
     @property
     def config_source(self) -> ModelReference:
         """The model whose config the output gets: the base, else the first one listed."""
-        return self.base_model or self.models[0].reference
+        if self.base_model or not self.slices:
+            return self.base_model or self.models[0].reference
+        return self.slices[0].base_model or self.slices[0].sources[0].reference
 
     @property
-    def table(self) -> ParameterTable:
-        """Every parameter of every input, ready to be resolved."""
-        return self._table
+    def groups(self) -> tuple[Group, ...]:
+        """What is merged with what: one group for ``models``, one for each of ``slices``, in output order."""
+        return self._groups
 
     def references(self) -> tuple[ModelReference, ...]:
         """Every model that the recipe names, once each: the base first, then in order."""
         base = (self.base_model,) if self.base_model else ()
-        return tuple(dict.fromkeys((*base, *(m.reference for m in self.models))))
+        sliced = (s.reference for part in self.slices for s in part.sources)
+        return tuple(dict.fromkeys((*base, *(m.reference for m in self.models), *sliced)))
 
     def input_models(self) -> tuple[ModelEntry, ...]:
-        """The models in the order the method sees them.
+        """The models that are merged, in the order the method sees them; with ``slices``, each model once.
 
         Without the base where it is only a reference (`Base.REQUIRED`, `Base.OPTIONAL`); with the base first,
-        listed or not, where it is an operand; as listed otherwise.
+        listed or not, where it is an operand; as listed otherwise, with a base that is not listed at the end.
         """
-        return self._inputs
+        if not self.slices:
+            return self._groups[0].inputs
+        first: dict[ModelReference, ModelEntry] = {}
+        for entry in (e for group in self._groups for e in group.inputs):
+            first.setdefault(entry.reference, entry)
+        return tuple(first.values())
 
     def resolve(self, tensor_name: str, t: float) -> tuple[Parameters, tuple[Parameters, ...]]:
-        """The method's `Merge` parameters and one `PerModel` for each input, for one tensor.
+        """The method's `Merge` parameters and one `PerModel` for each input, for one tensor of the first group.
 
         ``t`` in [0, 1]: layer i of n has i / (n - 1), the only layer of a one-layer model 1, a tensor outside
-        the layers 0. A model's own parameter goes before the recipe's, the recipe's before the default.
+        the layers 0. A model's own parameter goes before its slice's, that before the recipe's, and that before
+        the default.
 
         Raises:
             RecipeError: a required parameter has no value for this tensor, or values make no sense together.
         """
-        return self._table.resolve(tensor_name, t)
+        return self._groups[0].resolve(tensor_name, t)
 
     def canonical(self) -> dict[str, Any]:
         """The recipe with every default written out, itself a valid recipe; JSON-able.
 
         Two recipes that ask for the same merge have the same canonical form, however they say it.
         """
-        table = self._table
-        models = [
-            {"model": label, "parameters": _plain(own, parameter_fields(self.method.PerModel))}
-            for label, own in table.models
-        ]
-        return {
-            "merge_method": self.merge_method,
-            "models": [m if m["parameters"] else {"model": m["model"]} for m in models],
+        head: dict[str, Any] = {"merge_method": self.merge_method}
+        if self.slices:
+            head["slices"] = [_plain_slice(self.method, group) for group in self._groups]
+        else:
+            [group] = self._groups
+            head["models"] = [_plain_entry(self.method, group, i) for i in range(len(group.inputs))]
+        shared = {} if self.slices else _plain(self._groups[0].table.merge, parameter_fields(self.method.Merge))
+        return head | {
             "base_model": str(self.base_model) if self.base_model else None,
-            "parameters": _plain(table.merge, parameter_fields(self.method.Merge)),
+            "parameters": shared,
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "tokenizer_source": str(self.tokenizer_source or self.config_source),
@@ -136,16 +128,28 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def ordered_inputs(
-    method: Method, models: tuple[ModelEntry, ...], base: ModelReference | None
-) -> tuple[ModelEntry, ...]:
-    """`Recipe.input_models` before there is a recipe. Models are the same if their references are."""
-    if base is None or method.base is Base.UNUSED:
-        return models
-    others = tuple(m for m in models if m.reference != base)
-    if method.base is not Base.OPERAND:
-        return others
-    return (next((m for m in models if m.reference == base), ModelEntry(base)), *others)
+def _plain_entry(method: Method, group: Group, index: int) -> dict[str, Any]:
+    """One input of a group with all of its parameters."""
+    label, own = group.table.models[index]
+    parameters = _plain(own, parameter_fields(method.PerModel))
+    layers = group.inputs[index].layers
+    return (
+        {"model": label}
+        | ({"layer_range": list(layers)} if layers else {})
+        | ({"parameters": parameters} if parameters else {})
+    )
+
+
+def _plain_slice(method: Method, group: Group) -> dict[str, Any]:
+    sources = [_plain_entry(method, group, i) for i in range(len(group.inputs))]
+    base = group.base
+    if base is not None and base not in group.inputs:
+        assert base.layers is not None
+        sources.insert(0, {"model": str(base.reference), "layer_range": list(base.layers)})
+    found: dict[str, Any] = {"sources": sources}
+    if base is not None:
+        found["base_model"] = str(base.reference)
+    return found | {"parameters": _plain(group.table.merge, parameter_fields(method.Merge))}
 
 
 def _plain(table: Mapping[str, Chain], fields: Mapping[str, Any]) -> dict[str, Any]:

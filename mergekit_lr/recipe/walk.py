@@ -9,18 +9,20 @@ from typing import Any
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import RecipeError
 from mergekit_lr.method import Method
+from mergekit_lr.recipe.entries import EntryReader, ListedModel, ListedSlice, model_entry, slice_entry
 from mergekit_lr.recipe.fields import ParameterField, parameter_fields
 from mergekit_lr.recipe.parameters import Scope
 from mergekit_lr.recipe.problems import Problems, nearest, shown
-from mergekit_lr.recipe.schema import DTYPES, NONFINITE, ModelEntry, Recipe
+from mergekit_lr.recipe.schema import DTYPES, NONFINITE, Recipe
 from mergekit_lr.recipe.scope import ScopeReader
-from mergekit_lr.recipe.whole import ListedModel, WholeCheck, check_combinations
-from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence
+from mergekit_lr.recipe.whole import SliceCheck, WholeCheck, check_combinations
+from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar
 from mergekit_lr.registry import get_method, method_names
 
 ROOT_KEYS = (
     "merge_method",
     "models",
+    "slices",
     "base_model",
     "parameters",
     "dtype",
@@ -31,13 +33,11 @@ ROOT_KEYS = (
 )
 SYNONYMS = {"random_seed": "seed"}
 UNSUPPORTED = {
-    "slices": "give whole models under `models`",
-    "modules": "give whole models under `models`",
+    "modules": "give whole models under `models`, or layers of the language model under `slices`",
     "tokenizer": "use `tokenizer_source: base` or one of the listed models",
     "chat_template": "remove it; the output keeps the template of the model its tokenizer comes from",
 }
-LAYOUT_KEYS = {"slices", "modules"}
-MODEL_KEYS = ("model", "parameters")
+UNREAD_LAYOUTS = {"modules"}
 MAX_SEED = 2**63
 PLUGIN_FAILURES = (ImportError, AttributeError, NameError, SyntaxError, TypeError, ValueError)
 """What importing another distribution's broken method may raise."""
@@ -61,28 +61,35 @@ class _Walk:
         self.method = self._method()
         self.merge_fields = parameter_fields(self.method.Merge) if self.method else {}
         self.model_fields = parameter_fields(self.method.PerModel) if self.method else {}
-        self.scopes = ScopeReader(problems)
+        self.reader = EntryReader(
+            problems, self.merge_fields, self.model_fields, self._misplaced, self.method is not None
+        )
 
     def run(self) -> Recipe:
         base = self._base()
         shared, tried = self._shared_parameters()
-        models = [self._model(node, i) for i, node in enumerate(self._model_nodes())]
+        models, slices = self._listed()
+        listed = [*models, *(s for part in slices for s in part.sources)]
         settings: dict[str, Any] = {
             "dtype": self._choice("dtype", DTYPES),
             "out_dtype": self._choice("out_dtype", DTYPES),
             "nonfinite": self._choice("nonfinite", NONFINITE) or "error",
             "seed": self._seed(),
-            "tokenizer_source": self._tokenizer_source(models, base),
+            "tokenizer_source": self._tokenizer_source(listed, base),
         }
-        if self.method is not None and not LAYOUT_KEYS & set(self.root.entries):
-            WholeCheck(self.problems, self.method, self.entries, self.root.mark).models(models, base, tried)
+        if self.method is not None and not UNREAD_LAYOUTS & set(self.root.entries):
+            whole = WholeCheck(self.problems, self.method, self.entries)
+            if slices or "slices" in self.entries:
+                SliceCheck(whole, base, tried).run(slices)
+            else:
+                whole.models(models, base, tried)
         self.problems.raise_if_any()
         assert self.method is not None
-        entries = tuple(ModelEntry(m.reference, m.parameters) for m in models if m.reference is not None)
         fields: dict[str, Any] = {
             "merge_method": self.method.name,
             "method": self.method,
-            "models": entries,
+            "models": tuple(model_entry(m) for m in models),
+            "slices": tuple(slice_entry(s) for s in slices),
             "base_model": base,
             "parameters": shared,
             "text": self.text,
@@ -175,22 +182,11 @@ class _Walk:
 
     # Models
 
-    def _reference(self, node: Node, path: str) -> ModelReference | None:
-        if not isinstance(node, Scalar) or not isinstance(node.value, str):
-            what = "must be text" if isinstance(node, Scalar) else "must be one line of text"
-            self.problems.add(node.mark, path, what, "write PATH_OR_HUB_ID[@REVISION][+ADAPTER], in quotes if needed")
-            return None
-        try:
-            return ModelReference.parse(node.value)
-        except RecipeError as e:
-            self.problems.add(node.mark, path, e.what, e.fix)
-            return None
-
     def _base(self) -> ModelReference | None:
         entry = self.entries.get("base_model")
         if entry is None or (isinstance(entry.value, Scalar) and entry.value.value is None):
             return None
-        return self._reference(entry.value, "base_model")
+        return self.reader.reference(entry.value, "base_model")
 
     def _tokenizer_source(self, models: list[ListedModel], base: ModelReference | None) -> ModelReference | None:
         """The model meant; None for the model that the config comes from."""
@@ -209,46 +205,18 @@ class _Walk:
         )
         return None
 
-    def _model_nodes(self) -> list[Node]:
-        entry = self.entries.get("models")
-        if entry is None:
-            if not LAYOUT_KEYS & set(self.root.entries):
-                self.problems.add(self.root.mark, "models", "is missing", "list the models to merge under `models:`")
-            return []
-        if not isinstance(entry.value, Sequence):
-            self.problems.add(entry.value.mark, "models", "must be a list", "write each as `- model: PATH`")
-            return []
-        if not entry.value.items:
-            self.problems.add(entry.value.mark, "models", "is empty", "list the models to merge")
-        return entry.value.items
-
-    def _model(self, node: Node, index: int) -> ListedModel:
-        path = f"models[{index}]"
-        blank = ListedModel(None, {}, node.mark, path)
-        if not isinstance(node, Mapping):
-            self.problems.add(node.mark, path, "must be a mapping", "write `- model: PATH`")
-            blank.tried = set(self.model_fields)
-            return blank
-        for key, entry in node.entries.items():
-            if key not in MODEL_KEYS:
-                hint = nearest(key, MODEL_KEYS)
-                if hint == "did you mean 'parameters'?":
-                    blank.tried = set(self.model_fields)
-                if key in self.model_fields:
-                    hint = "put it under this model's `parameters`"
-                self.problems.add(entry.key_mark, f"{path}.{key[:60]}", "unknown key", hint)
-        model, given = node.entries.get("model"), node.entries.get("parameters")
-        if model is None:
-            if not any(k not in MODEL_KEYS for k in node.entries):
-                self.problems.add(node.mark, path, "names no model", "add `model: PATH`")
-        else:
-            blank.reference = self._reference(model.value, f"{path}.model")
-        if given is not None and self.method is not None:
-            blank.parameters, tried = self.scopes.read(
-                given.value, self.model_fields, f"{path}.parameters", self._misplaced
-            )
-            blank.tried |= tried
-        return blank
+    def _listed(self) -> tuple[list[ListedModel], list[ListedSlice]]:
+        """The entries of ``models`` or of ``slices``; a recipe has one of the two."""
+        models, slices = self.entries.get("models"), self.entries.get("slices")
+        if models is None and slices is None and not UNREAD_LAYOUTS & set(self.root.entries):
+            fix = "list the models to merge under `models:`, or runs of their layers under `slices:`"
+            self.problems.add(self.root.mark, "models", "is missing", fix)
+        if models is not None and slices is not None:
+            self.problems.add(slices.key_mark, "slices", "cannot stand beside models", "keep one of them")
+        return (
+            self.reader.models(models.value) if models else [],
+            self.reader.slices(slices.value) if slices else [],
+        )
 
     # Parameters
 
@@ -257,13 +225,14 @@ class _Walk:
         if entry is None or self.method is None:
             return {}, set()
         fields: dict[str, ParameterField] = {**self.model_fields, **self.merge_fields}
-        return self.scopes.read(entry.value, fields, "parameters", self._misplaced)
+        return ScopeReader(self.problems).read(entry.value, fields, "parameters", self._misplaced)
 
     def _misplaced(self, key: str) -> str | None:
         """Where a parameter that is unknown here belongs, if it belongs anywhere."""
         assert self.method is not None
         if key in self.merge_fields:
-            return f"{key} of {self.method.name} is one for all models: put it under the recipe's `parameters`"
+            where = "the recipe's or the slice's" if "slices" in self.entries else "the recipe's"
+            return f"{key} of {self.method.name} is one for all models: put it under {where} `parameters`"
         if SYNONYMS.get(key, key) in ROOT_KEYS:
             return f"{key} is a key of the recipe itself, not a parameter"
         return None

@@ -55,6 +55,8 @@ def accepts(s: dict[str, Any], v: Any) -> bool:
         "enum": lambda x: any(same(v, e) for e in x),
         "const": lambda x: same(v, x),
         "anyOf": lambda x: any(accepts(o, v) for o in x),
+        "oneOf": lambda x: sum(accepts(o, v) for o in x) == 1,
+        "maxItems": lambda x: not isinstance(v, list) or len(v) <= x,
         "allOf": lambda x: all(accepts(o, v) for o in x),
         "if": lambda x: accepts(s["then"], v) if accepts(x, v) else True,
         "then": lambda x: True,
@@ -88,7 +90,24 @@ def own(**parameters: Any) -> list[dict[str, Any]]:
     return [{"model": "./a", "parameters": {"weight": 1, **parameters}}]
 
 
+def sliced(*sources: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    found = {"merge_method": "linear", "slices": [{"sources": list(sources)}], "parameters": {"weight": 1}}
+    return {**found, **changes}
+
+
 GOOD = [
+    sliced({"model": "./a", "layer_range": [0, 2]}, {"model": "./b", "layer_range": [1, 3]}),
+    sliced({"model": "./a", "layer_range": [0, 2], "parameters": {"weight": [2, 1]}}, parameters=None),
+    {
+        "merge_method": "slerp",
+        "slices": [
+            {
+                "sources": [{"model": m, "layer_range": [0, 2]} for m in ("./a", "./b")],
+                "base_model": "./a",
+                "parameters": {"t": [0, 1]},
+            }
+        ],
+    },
     base(),
     base(models=own(weight=[0, 0.5, 1])),
     base(models=own(weight=[{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}])),
@@ -101,6 +120,18 @@ GOOD = [
 ]
 BAD = [
     {},
+    sliced({"model": "./a"}),
+    sliced({"model": "./a", "layer_range": [0]}),
+    sliced({"model": "./a", "layer_range": [0, 1, 2]}),
+    sliced({"model": "./a", "layer_range": [-1, 2]}),
+    sliced({"model": "./a", "layer_range": [0, 1.5]}),
+    sliced({"model": "./a", "layer_range": [0, 2], "weight": 1}),
+    sliced({"model": "./a", "layer_range": [0, 2], "parameters": {"densty": 1}}),
+    sliced(),
+    sliced({"model": "./a", "layer_range": [0, 2]}, slices=[]),
+    sliced({"model": "./a", "layer_range": [0, 2]}, models=[{"model": "./a"}]),
+    sliced({"model": "./a", "layer_range": [0, 2]}, slices=[{"sources": [], "parameters": {}}]),
+    sliced({"model": "./a", "layer_range": [0, 2]}, slices=[{"surces": []}]),
     base(models=None),
     base(models=[]),
     base(merge_method="teis"),

@@ -116,7 +116,8 @@ ORDER = [
     ("slerp", ["./b"], "./a", ["./a", "./b"]),
     ("linear", ["./a", "./b"], None, ["./a", "./b"]),
     ("linear", ["./a", "./base"], "./base", ["./a", "./base"]),
-    ("linear", ["./a", "./b"], "./base", ["./a", "./b"]),
+    ("linear", ["./base", "./a"], "./base", ["./base", "./a"]),
+    ("linear", ["./a", "./b"], "./base", ["./a", "./b", "./base"]),  # as in mergekit
 ]
 
 
@@ -154,8 +155,11 @@ def test_counts(method: str, models: list[str], base: str | None, message: str) 
 def test_warnings() -> None:
     twice = load_recipe("merge_method: linear\nmodels:\n- model: a\n- model: a\nparameters: {weight: 1}\n")
     assert twice.warnings == ("recipe:4:3: models[1]: names the same model as models[0]",)
-    unused = recipe("linear", ["./a", "./b"], "./base", weight=1)
-    assert ["is not merged" in w for w in unused.warnings] == [True]
+    joined = load_recipe("merge_method: linear\nbase_model: b\nmodels:\n- model: a\nparameters: {weight: 1}\n")
+    assert joined.warnings == (
+        "recipe:2:13: base_model: is merged too: linear takes every model, and the base is not listed under models, "
+        "as in mergekit; drop base_model to merge only the models listed, or list it with parameters of its own",
+    )
     base = load_recipe(
         "merge_method: ties\nbase_model: b\nmodels:\n- model: a\n- {model: b, parameters: {weight: 1}}\n"
         "parameters: {weight: 1}\n"

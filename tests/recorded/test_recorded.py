@@ -18,16 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mergekit_lr import merge
-from mergekit_lr.errors import RecipeError
 
 from . import inputs, reference, resolve, values
 
 NAMES = values.recipe_names()
-# Recorded for the day when slices are read; until then such a recipe is refused by name, never misread.
-SLICED = sorted(name for name in NAMES if "\nslices:" in values.recipe_path(name).read_text())
-# A base that is not listed takes part in mergekit's linear and karcher; here it only gives config and tokenizer.
-BASE_JOINS = ["float32/karcher_base_added", "float32/linear_base_added"]
-SAME = [name for name in NAMES if name not in SLICED and name not in BASE_JOINS]
 # Of the largest weight of a tensor. Ours computes in fp32 with fp64 reductions; this is two fp32 roundings' worth.
 FLOAT32_TOLERANCE = 5e-7
 
@@ -123,7 +117,7 @@ def test_formula_explains_recorded_value(
     assert mask.float().mean() < 0.05
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", NAMES)
 def test_merge_gives_recorded_value(
     name: str,
     checkpoints: Path,
@@ -146,7 +140,7 @@ def test_merge_gives_recorded_value(
             assert torch.equal(tensor, loaded[family]["base"][buffer])
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", NAMES)
 def test_merge_in_float32_is_the_formula(
     name: str,
     checkpoints: Path,
@@ -166,23 +160,3 @@ def test_merge_in_float32_is_the_formula(
         error = (ours[tensor].double() - value).abs()[~open_choice[tensor]]
         limit = FLOAT32_TOLERANCE * max(float(value.abs().max()), 1e-3)
         assert not error.numel() or float(error.max()) <= limit, f"{tensor}: {float(error.max()):.2e} > {limit:.2e}"
-
-
-@pytest.mark.parametrize("name", SLICED)
-def test_slices_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="slices"):
-        merge(values.recipe_path(name), tmp_path / "out", device="cpu")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", BASE_JOINS)
-def test_unlisted_base_is_no_input(
-    name: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(checkpoints / "float32")
-    recipe = read_recipe(name)
-    merge(recipe, tmp_path / "with", device="cpu")
-    del recipe["base_model"]
-    merge(recipe, tmp_path / "without", device="cpu")
-    with_base, without = load_output(tmp_path / "with"), load_output(tmp_path / "without")
-    assert all(torch.equal(with_base[tensor], without[tensor]) for tensor in without)

@@ -1,0 +1,202 @@
+"""Reads the lists of models: ``models`` and ``slices``, every item with its place in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping as AbstractMapping
+from dataclasses import dataclass, field
+
+from mergekit_lr.checkpoint.reference import ModelReference
+from mergekit_lr.errors import RecipeError
+from mergekit_lr.recipe.fields import ParameterField
+from mergekit_lr.recipe.groups import ModelEntry, Slice
+from mergekit_lr.recipe.parameters import Scope
+from mergekit_lr.recipe.problems import Mark, Problems, nearest, shown
+from mergekit_lr.recipe.scope import ScopeReader
+from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence
+
+MODEL_KEYS = ("model", "parameters")
+SOURCE_KEYS = ("model", "layer_range", "parameters")
+SLICE_KEYS = ("sources", "base_model", "parameters")
+MAX_SLICES = 1_000
+MAX_SOURCES = 2_000
+
+Fields = AbstractMapping[str, ParameterField]
+
+
+@dataclass
+class ListedModel:
+    """An entry of ``models`` or ``sources`` while it is read. ``tried``: parameters given, rightly or wrongly."""
+
+    reference: ModelReference | None
+    parameters: Scope
+    mark: Mark | None
+    path: str
+    tried: set[str] = field(default_factory=set)
+    layers: tuple[int, int] | None = None
+    layers_mark: Mark | None = None
+
+
+@dataclass
+class ListedSlice:
+    """An entry of ``slices`` while it is read. ``names_base``: it has a base of its own, rightly or wrongly."""
+
+    mark: Mark | None
+    path: str
+    sources: list[ListedModel] = field(default_factory=list)
+    sources_mark: Mark | None = None
+    base: ModelReference | None = None
+    names_base: bool = False
+    parameters: Scope = field(default_factory=dict)
+    tried: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class EntryReader:
+    """Turns nodes into entries and notes what is wrong with them.
+
+    ``misplaced`` says where a parameter that is unknown at its place belongs. ``known`` is False where the method
+    is not: parameters are then not looked at.
+    """
+
+    problems: Problems
+    merge_fields: Fields
+    model_fields: Fields
+    misplaced: Callable[[str], str | None]
+    known: bool
+
+    def reference(self, node: Node, path: str) -> ModelReference | None:
+        if not isinstance(node, Scalar) or not isinstance(node.value, str):
+            what = "must be text" if isinstance(node, Scalar) else "must be one line of text"
+            self.problems.add(node.mark, path, what, "write PATH_OR_HUB_ID[@REVISION][+ADAPTER], in quotes if needed")
+            return None
+        try:
+            return ModelReference.parse(node.value)
+        except RecipeError as e:
+            self.problems.add(node.mark, path, e.what, e.fix)
+            return None
+
+    def items(self, node: Node, path: str, empty: str, each: str) -> list[Node]:
+        """The items of a list that must not be empty."""
+        if not isinstance(node, Sequence):
+            self.problems.add(node.mark, path, "must be a list", f"write each as `{each}`")
+            return []
+        if not node.items:
+            self.problems.add(node.mark, path, "is empty", empty)
+        return node.items
+
+    def models(self, node: Node) -> list[ListedModel]:
+        """``models``: whole models."""
+        found = self.items(node, "models", "list the models to merge", "- model: PATH")
+        return [self._model(item, f"models[{i}]", MODEL_KEYS) for i, item in enumerate(found)]
+
+    def slices(self, node: Node) -> list[ListedSlice]:
+        """``slices``: runs of layers, in the order of the output."""
+        found = self.items(node, "slices", "list the slices of the output", "- sources: [...]")
+        if len(found) > MAX_SLICES:
+            self.problems.add(found[MAX_SLICES].mark, "slices", f"are more than {MAX_SLICES:,}", "join adjoining ones")
+            return []
+        read: list[ListedSlice] = []
+        for i, item in enumerate(found):
+            read.append(self._slice(item, f"slices[{i}]"))
+            if sum(len(s.sources) for s in read) > MAX_SOURCES:
+                self.problems.add(item.mark, "slices", f"have more than {MAX_SOURCES:,} sources", "join adjoining ones")
+                break
+        return read
+
+    def _slice(self, node: Node, path: str) -> ListedSlice:
+        read = ListedSlice(node.mark, path)
+        if not isinstance(node, Mapping):
+            self.problems.add(node.mark, path, "must be a mapping", "write `- sources: [...]`")
+            read.tried = {*self.merge_fields, *self.model_fields}
+            return read
+        self._unknown(node, path, SLICE_KEYS, {**self.model_fields, **self.merge_fields}, "this slice's")
+        sources = node.entries.get("sources")
+        if sources is None:
+            if all(k in SLICE_KEYS for k in node.entries):
+                self.problems.add(node.mark, path, "has no sources", "add `sources:` with the layers to merge")
+        else:
+            read.sources_mark = sources.value.mark
+            each = "- {model: PATH, layer_range: [FIRST, END]}"
+            found = self.items(sources.value, f"{path}.sources", "list the layers to merge", each)
+            within = enumerate(found[: MAX_SOURCES + 1])
+            read.sources = [self._model(item, f"{path}.sources[{i}]", SOURCE_KEYS) for i, item in within]
+        base = node.entries.get("base_model")
+        if base is not None and not (isinstance(base.value, Scalar) and base.value.value is None):
+            read.names_base = True
+            read.base = self.reference(base.value, f"{path}.base_model")
+        read.parameters, read.tried = self._parameters(node, path, {**self.model_fields, **self.merge_fields})
+        return read
+
+    def _model(self, node: Node, path: str, keys: tuple[str, ...]) -> ListedModel:
+        read = ListedModel(None, {}, node.mark, path)
+        if not isinstance(node, Mapping):
+            self.problems.add(node.mark, path, "must be a mapping", "write `- model: PATH`")
+            read.tried = set(self.model_fields)
+            return read
+        hints = self._unknown(node, path, keys, self.model_fields, "this model's")
+        if "did you mean 'parameters'?" in hints:
+            read.tried = set(self.model_fields)
+        model = node.entries.get("model")
+        if model is not None:
+            read.reference = self.reference(model.value, f"{path}.model")
+        elif not hints:
+            self.problems.add(node.mark, path, "names no model", "add `model: PATH`")
+        if "layer_range" in keys:
+            given = node.entries.get("layer_range")
+            if given is not None:
+                read.layers, read.layers_mark = self._range(given, f"{path}.layer_range"), given.value.mark
+            elif not hints:
+                fix = "add `layer_range: [FIRST, END]`, END not included"
+                self.problems.add(node.mark, path, "has no layer_range", fix)
+        read.parameters, tried = self._parameters(node, path, self.model_fields)
+        read.tried |= tried
+        return read
+
+    def _range(self, entry: Entry, path: str) -> tuple[int, int] | None:
+        """Two whole numbers, the first layer and the one after the last."""
+        node = entry.value
+        values = [i.value for i in node.items if isinstance(i, Scalar)] if isinstance(node, Sequence) else []
+        if len(values) != 2 or not isinstance(node, Sequence) or len(node.items) != 2:
+            what = "must be two numbers"
+            self.problems.add(node.mark, path, what, "write [FIRST, END], END not included, counted from 0")
+            return None
+        for i, value in enumerate(values):
+            if type(value) is not int or value < 0:
+                what = f"{shown(value)} is not a layer"
+                self.problems.add(node.items[i].mark, f"{path}[{i}]", what, "write a whole number, counted from 0")
+                return None
+        first, end = (v for v in values if type(v) is int)
+        if first >= end:
+            self.problems.add(node.mark, path, f"[{first}, {end}] holds no layer", "the second number is not included")
+            return None
+        return first, end
+
+    def _unknown(self, node: Mapping, path: str, keys: tuple[str, ...], fields: Fields, whose: str) -> list[str]:
+        """Note unknown keys; returns the hints given."""
+        hints = []
+        for key, entry in node.entries.items():
+            if key not in keys:
+                hint = f"put it under {whose} `parameters`" if key in fields else nearest(key, keys)
+                if key == "layer_range":
+                    hint = "runs of layers are merged under `slices`"
+                self.problems.add(entry.key_mark, f"{path}.{key[:60]}", "unknown key", hint)
+                hints.append(hint)
+        return hints
+
+    def _parameters(self, node: Mapping, path: str, fields: Fields) -> tuple[Scope, set[str]]:
+        given = node.entries.get("parameters")
+        if given is None or not self.known:
+            return {}, set()
+        return ScopeReader(self.problems).read(given.value, fields, f"{path}.parameters", self.misplaced)
+
+
+def model_entry(model: ListedModel) -> ModelEntry:
+    """The entry of a recipe that was read without a problem."""
+    assert model.reference is not None
+    return ModelEntry(model.reference, model.parameters, model.layers)
+
+
+def slice_entry(part: ListedSlice) -> Slice:
+    """The slice of a recipe that was read without a problem."""
+    return Slice(tuple(model_entry(s) for s in part.sources), part.base, part.parameters)

@@ -1,0 +1,120 @@
+"""What is merged with what: a recipe as groups of layers, each with its inputs in the order of the method.
+
+A recipe that lists whole ``models`` is one group; one with ``slices`` has a group for each slice. What reads a
+recipe after this sees groups only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mergekit_lr.checkpoint.reference import ModelReference
+from mergekit_lr.method import Base, Method
+from mergekit_lr.recipe.fields import parameter_fields
+from mergekit_lr.recipe.parameters import ParameterTable, Resolved, Scope, beneath, chains
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One item of ``models``, or of a slice's ``sources``: the model and the parameters given to it there.
+
+    ``layers``: the first layer and the one after the last; None for a whole model.
+    """
+
+    reference: ModelReference
+    parameters: Scope = field(default_factory=dict)
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One item of ``slices``: equally long runs of layers that become the next layers of the output."""
+
+    sources: tuple[ModelEntry, ...]
+    base_model: ModelReference | None = None
+    parameters: Scope = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are merged alike. ``inputs`` as the method sees them, ``base`` beside or among them.
+
+    ``base`` is the entry that task vectors, or only names and dtypes, are taken from; None where there is none.
+    """
+
+    inputs: tuple[ModelEntry, ...]
+    base: ModelEntry | None
+    table: ParameterTable = field(repr=False, compare=False)
+
+    @property
+    def lead(self) -> ModelEntry:
+        """The entry whose names, layout and dtypes the output's layers get."""
+        return self.base or self.inputs[0]
+
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """Inputs and base, each once, the lead first."""
+        return (self.lead, *(e for e in self.inputs if e is not self.lead))
+
+    def resolve(self, tensor_name: str, t: float, input_names: Sequence[str] | None = None) -> Resolved:
+        """The `Merge` parameters and one `PerModel` for each input, as `ParameterTable.resolve` gives them."""
+        return self.table.resolve(tensor_name, t, input_names)
+
+
+def ordered_inputs(method: Method, listed: tuple[ModelEntry, ...], base: ModelEntry | None) -> tuple[ModelEntry, ...]:
+    """``listed`` models, and the base where it takes part, in the order the method sees them.
+
+    Without the base where it is only a reference (`Base.REQUIRED`, `Base.OPTIONAL`); with the base first where it
+    is an operand; as listed otherwise, a base that is not listed at the end, as in mergekit. Models are the same
+    if their references are.
+    """
+    if base is None:
+        return listed
+    others = tuple(e for e in listed if e.reference != base.reference)
+    if method.base is Base.OPERAND:
+        return (base, *others)
+    if method.base is Base.UNUSED:
+        return listed if len(others) < len(listed) else (*listed, base)
+    return others
+
+
+def entry_of(listed: tuple[ModelEntry, ...], base: ModelReference | None, *, whole: bool) -> ModelEntry | None:
+    """The base's entry among ``listed``. One that is not listed has an entry where ``whole`` models are merged.
+
+    In a slice it has none: nobody said which of its layers would be meant.
+    """
+    if base is None:
+        return None
+    found = next((e for e in listed if e.reference == base), None)
+    return found or (ModelEntry(base) if whole else None)
+
+
+def build_groups(
+    method: Method,
+    models: tuple[ModelEntry, ...],
+    slices: tuple[Slice, ...],
+    base: ModelReference | None,
+    parameters: Scope,
+    origin: str,
+) -> tuple[Group, ...]:
+    """The groups of a recipe, parameters looked up in the order source, slice, recipe, default."""
+    merge_fields, model_fields = parameter_fields(method.Merge), parameter_fields(method.PerModel)
+    shared = chains(merge_fields, parameters), chains(model_fields, parameters)
+    found = []
+    for part in slices or (Slice(models),):
+        base_entry = entry_of(part.sources, part.base_model or base, whole=not slices)
+        inputs = ordered_inputs(method, part.sources, base_entry)
+        below = beneath(model_fields, _only(part.parameters, model_fields), shared[1])
+        table = ParameterTable(
+            method=method,
+            merge=beneath(merge_fields, _only(part.parameters, merge_fields), shared[0]),
+            models=tuple((str(e.reference), beneath(model_fields, e.parameters, below)) for e in inputs),
+            origin=origin,
+        )
+        found.append(Group(inputs, base_entry, table))
+    return tuple(found)
+
+
+def _only(scope: Scope, names: Mapping[str, object]) -> Scope:
+    return {name: chain for name, chain in scope.items() if name in names}
