@@ -29,7 +29,7 @@ lint: $(READY)
 	$(BIN)/ruff check -q .
 	$(BIN)/mypy
 
-# Trains every example model again (about half an hour on two cores); see examples/README.md.
+# Trains every example model again (an estimated twenty minutes on two cores); see examples/README.md.
 zoo: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e '.[zoo]'
 	$(BIN)/python examples/zoo/build.py
