@@ -275,3 +275,37 @@ def test_a_dict_that_holds_itself() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(source)
     assert "nested deeper than 32 levels" in str(caught.value)
+
+
+def sliced(sources: str, rest: str = "", method: str = "linear\nparameters: {weight: 1}") -> str:
+    return f"merge_method: {method}\nslices:\n  - {rest}sources: {sources}\n"
+
+
+SLICE_FAULTS = [
+    (sliced("[¦{model: a}]"), "slices[0].sources[0]: has no layer_range"),
+    (sliced("[{model: a, layer_range: ¦[0]}]"), "layer_range: must be two numbers"),
+    (sliced("[{model: a, layer_range: [0, ¦1.5]}]"), "layer_range[1]: 1.5 is not a layer"),
+    (sliced("[{model: a, layer_range: [¦-1, 2]}]"), "-1 is not a layer"),
+    (sliced("[{model: a, layer_range: ¦[2, 2]}]"), "[2, 2] holds no layer"),
+    (sliced("[{model: a, ¦layer_rnge: [0, 2]}]"), "did you mean 'layer_range'?"),
+    (sliced("[{model: a, layer_range: [0, 2]}, ¦{model: a, layer_range: [2, 4]}]"), "the same model as slices[0]"),
+    (sliced("[{model: a, layer_range: [0, 2]}, {model: b, layer_range: ¦[2, 5]}]"), "holds 3 layers where that of"),
+    (sliced("¦[]"), "slices[0].sources: is empty"),
+    (sliced("[{model: a, layer_range: [0, 2]}]", "¦weight: 1\n    "), "put it under this slice's `parameters`"),
+    (sliced("[{model: a, layer_range: [0, 2]}]") + "models: [{model: a}]\n", "cannot stand beside models"),
+    (
+        sliced("¦[{model: a, layer_range: [0, 2]}]", "base_model: b\n    ", "ties\nparameters: {weight: 1}"),
+        "do not list the base 'b'",
+    ),
+    (sliced("¦[{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]", method="passthrough"), "here are 2"),
+    ("merge_method: linear\nbase_model: ¦b\nmodels: [{model: a, parameters: {weight: 1}}]\n", "it has no weight"),
+]
+
+
+@pytest.mark.parametrize(("marked", "message"), SLICE_FAULTS)
+def test_faults_of_slices(marked: str, message: str) -> None:
+    text, places = split(marked)
+    problems = problems_of(text)
+    assert any(message in p for p in problems), problems
+    for line, column in places:
+        assert any(p.startswith(f"recipe:{line}:{column}: ") and message in p for p in problems), problems
