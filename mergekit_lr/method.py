@@ -48,7 +48,7 @@ class Base(StrEnum):
     REQUIRED = "required"  # the reference that deltas are taken from; not itself an input
     OPTIONAL = "optional"  # a reference when given: the method then works on deltas
     OPERAND = "operand"  # the first of the inputs
-    UNUSED = "unused"  # only names whose config and tokenizer the output gets
+    UNUSED = "unused"  # no reference: one input among others, whose config and tokenizer the output gets
 
 
 class Parameters(BaseModel):
