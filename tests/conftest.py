@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+# Before anything imports triton (torch and transformers do): its own functions are bound to the interpreter or to the
+# compiler when it is imported. Where there is a GPU the kernels are compiled.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import settings
 
