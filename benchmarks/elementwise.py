@@ -37,7 +37,9 @@ from report import write_table
 HERE = Path(__file__).parent
 FINE_TUNES = 3
 SMALL_MEMORY = "256MiB"
-MEMORY_IN_SIZES = 3  # free memory for a run, in checkpoint sizes: mergekit needs about 1.6, the output 1
+MEMORY_IN_SIZES = (
+    5  # free memory for a run, in checkpoint sizes: mergekit needs 3, its output in the page cache included
+)
 CONTESTANTS = ["floor", "in_process", "whole", "small", "early", "mergekit"]
 START_UPS = {"--help": ["--help"], "check": ["check", "ties.yml"]}
 TINY = LlamaShape(hidden=16, intermediate=32, layers=2, heads=2, vocabulary=32, shards=1)
@@ -165,7 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peer-repeats", type=int, default=1)
-    parser.add_argument("--side-repeats", type=int, default=1, help="of `small`")
+    parser.add_argument("--side-repeats", type=int, default=1, help="of `whole`, `small` and `early`")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=5504)
     parser.add_argument("--layers", type=int, default=12)
@@ -180,7 +182,8 @@ def main() -> None:
     options = parse()
     shape = LlamaShape(options.hidden, options.intermediate, options.layers)
     repeats_of = {
-        "whole": max(1, options.repeats - 1),
+        "whole": options.side_repeats,
+        "early": options.side_repeats,
         "mergekit": options.peer_repeats if options.peer else 0,
         "small": options.side_repeats,
     }

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-SAMPLE_SECONDS = 0.03
+SAMPLE_SECONDS = 0.1
 READ_PIECE = 1 << 20
 
 

@@ -80,13 +80,15 @@ def against_floor(samples: dict[str, dict[str, Samples]]) -> str:
     """Work in a warm interpreter against the floor."""
     rows = []
     for method, runs in samples.items():
+        if "floor" not in runs or "in_process" not in runs:
+            continue
         ratio = mid(runs["in_process"]) / mid(runs["floor"])
         target = FLOOR_TARGETS[method]
         rows.append(
             [
                 f"`{method}`",
                 spread(runs["floor"]),
-                spread(runs["early"]),
+                spread(runs["early"]) if "early" in runs else "–",
                 spread(runs["in_process"]),
                 f"{mid(runs['in_process'], 'cpu'):.2f}",
                 f"{ratio:.2f}",
@@ -102,7 +104,7 @@ def against_mergekit(samples: dict[str, dict[str, Samples]]) -> str:
     """Whole processes."""
     rows = []
     for method, runs in samples.items():
-        if "mergekit" not in runs:
+        if "mergekit" not in runs or "whole" not in runs:
             continue
         times = mid(runs["mergekit"]) / mid(runs["whole"])
         target = PEER_TARGETS[method]
@@ -127,6 +129,8 @@ def memory(samples: dict[str, dict[str, Samples]]) -> str:
     limit = BUDGET + INTERPRETER
     rows = []
     for method, runs in samples.items():
+        if "small" not in runs:
+            continue
         small = runs["small"]
         peak = max(sample["anonymous"] for sample in small)
         peer = runs.get("mergekit")
