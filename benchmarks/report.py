@@ -175,13 +175,10 @@ def elementwise(result: dict[str, Any]) -> str:
         f"{peer_runs}.",
         "Against the floor, in a warm interpreter:",
         against_floor(samples),
-        f"Whole processes, interpreter and imports included (ours starts in "
-        f"{mid(runs['in_process'], 'start_up'):.1f} s, a first tiny merge included):",
+        "Whole processes, interpreter and imports included:",
         against_mergekit(samples),
-        "Peak resident memory, anonymous + file-backed:",
-        memory(samples),
-        "Start-up:",
-        start_up(result["start_up"]),
+        *(["Peak resident memory, anonymous + file-backed:", memory(samples)] if "small" in runs else []),
+        *(["Start-up:", start_up(result["start_up"])] if "start_up" in result else []),
     ]
     return "\n\n".join(part for part in parts if part)
 
