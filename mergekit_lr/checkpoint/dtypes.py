@@ -57,5 +57,18 @@ def torch_dtype(code: str) -> torch.dtype:
     return dtype
 
 
+def dtype_code(dtype: torch.dtype) -> str:
+    """The safetensors code of a torch dtype.
+
+    Raises:
+        ValueError: safetensors has none.
+    """
+    name = str(dtype).removeprefix("torch.")
+    for code, known in _TORCH.items():
+        if known == name:
+            return code
+    raise ValueError(f"{dtype} cannot be stored in safetensors")
+
+
 OVERFLOWS_AT = {"F16": 65520.0, "BF16": 3.3961775292304601e38, "F32": float("inf"), "F64": float("inf")}
 """Smallest magnitude that rounds to infinity in the last cast (arithmetic is fp32, so F64 cannot overflow)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,8 +98,20 @@ def lay_out(tensors: Sequence[Described], shard_size: int) -> Layout:
     return Layout(tuple(shards), places)
 
 
-def _shard(file: str, number: int, group: Sequence[Described], places: dict[str, Place]) -> Shard:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def lay_out_file(file: str, tensors: Sequence[Described], metadata: Mapping[str, str]) -> Layout:
+    """All tensors in one file of that name, ``metadata`` in its header beside the usual format mark."""
+    places: dict[str, Place] = {}
+    return Layout((_shard(file, 0, tensors, places, metadata),), places)
+
+
+def _shard(
+    file: str,
+    number: int,
+    group: Sequence[Described],
+    places: dict[str, Place],
+    metadata: Mapping[str, str] | None = None,
+) -> Shard:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     ordered = sorted(group, key=lambda t: -ITEM_BYTES[t.dtype])
     for t in ordered:
