@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -156,13 +156,17 @@ class Source:
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else (self.url or "")
 
 
-class Method(ABC):
-    """One merge method. Subclasses live one to a file in ``methods/`` and are found by the registry.
+class Declared(ABC):
+    """What a recipe and the registry know of a method, whatever it does with tensors.
 
     Class attributes: ``name`` (as recipes say it), ``summary`` (one line), ``source``, ``base``, ``min_models``
     and ``max_models`` (counted without a base that is only a reference), ``commutes`` (the order of models does
-    not matter), ``stochastic``, ``exposes_nonfinite`` (every NaN or infinity of an input reaches the output, so
-    the engine may check the output alone), ``Merge`` and ``PerModel`` (parameter models).
+    not matter), ``stochastic``, ``settings`` (keys of a recipe that only some methods use, and this one does:
+    ``calibration``, ``names``, ``permutations``) and ``required_settings`` (those it cannot do without), ``Merge`` and
+    ``PerModel`` (parameter models).
+
+    A concrete method is a `Method` (one function on pieces of one tensor of every model) or a
+    `mergekit_lr.rewrite.Rewrite` (it decides itself which tensors the output has).
     """
 
     name: ClassVar[str]
@@ -173,13 +177,28 @@ class Method(ABC):
     max_models: ClassVar[int | None] = None
     commutes: ClassVar[bool] = True
     stochastic: ClassVar[bool] = False
-    exposes_nonfinite: ClassVar[bool] = False
+    settings: ClassVar[frozenset[str]] = frozenset()
+    required_settings: ClassVar[frozenset[str]] = frozenset()
 
     class Merge(Parameters):
         """Parameters of the whole merge."""
 
     class PerModel(Parameters):
         """Parameters of each model."""
+
+    def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
+        """Combinations of parameters that make no sense, in words; checked before any tensor is read."""
+        return []
+
+
+class Method(Declared):
+    """A merge method that works on one tensor of every model at a time. Subclasses live one to a file in ``methods/``.
+
+    ``exposes_nonfinite``: every NaN or infinity of an input reaches the output, so the engine may check the output
+    alone.
+    """
+
+    exposes_nonfinite: ClassVar[bool] = False
 
     def space(self, has_base: bool) -> Space:
         """The space the method takes and gives."""
@@ -213,16 +232,3 @@ class Method(ABC):
     @abstractmethod
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         """The merged piece, fp32, same shape, in the declared space. Inputs must not be changed."""
-
-    def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
-        """Combinations of parameters that make no sense, in words; checked before any tensor is read."""
-        return []
-
-
-@dataclass
-class Registered:
-    """A method as the registry knows it."""
-
-    method: Method
-    origin: str = "built-in"
-    extra: dict[str, str] = field(default_factory=dict)

@@ -11,28 +11,29 @@ from importlib.util import find_spec
 from types import ModuleType
 
 from mergekit_lr.errors import RecipeError
-from mergekit_lr.method import Method
+from mergekit_lr.method import Declared, Method
+from mergekit_lr.rewrite import Rewrite
 
 GROUP = "mergekit_lr.methods"
 
 
-def methods_in(module: ModuleType) -> list[type[Method]]:
+def methods_in(module: ModuleType) -> list[type[Declared]]:
     """Concrete methods that ``module`` itself defines."""
     return [
         value
         for value in vars(module).values()
         if isinstance(value, type)
-        and issubclass(value, Method)
+        and issubclass(value, Declared)
         and value.__module__ == module.__name__
         and isinstance(getattr(value, "name", None), str)
     ]
 
 
 @cache
-def builtin_methods() -> dict[str, Method]:
+def builtin_methods() -> dict[str, Declared]:
     """Every method of ``mergekit_lr.methods``, by name, sorted."""
     package = importlib.import_module("mergekit_lr.methods")
-    found: dict[str, Method] = {}
+    found: dict[str, Declared] = {}
     for info in pkgutil.iter_modules(package.__path__):
         for cls in methods_in(importlib.import_module(f"{package.__name__}.{info.name}")):
             found[cls.name] = cls()
@@ -40,7 +41,7 @@ def builtin_methods() -> dict[str, Method]:
 
 
 @cache
-def _by_file_name(name: str) -> Method | None:
+def _by_file_name(name: str) -> Declared | None:
     """The built-in method in the file of its own name: one import instead of all."""
     if not name.isidentifier() or find_spec(f"mergekit_lr.methods.{name}") is None:
         return None
@@ -49,16 +50,16 @@ def _by_file_name(name: str) -> Method | None:
 
 
 @cache
-def plugin_method(name: str) -> Method | None:
+def plugin_method(name: str) -> Declared | None:
     """A method that another installed distribution offers under ``name``; only that one is imported."""
     for point in entry_points(group=GROUP, name=name):
         loaded = point.load()
-        if isinstance(loaded, type) and issubclass(loaded, Method):
+        if isinstance(loaded, type) and issubclass(loaded, Declared):
             return loaded()
         raise RecipeError(
             f"entry point {point.value!r} is not a merge method",
             where=f"distribution {point.dist.name if point.dist else '?'}",
-            why=f"it gives {type(loaded).__name__}, not a subclass of mergekit_lr.method.Method",
+            why=f"it gives {type(loaded).__name__}, not a subclass of mergekit_lr.method.Declared",
             fix="mend or uninstall that distribution",
         )
     return None
@@ -70,11 +71,25 @@ def method_names() -> list[str]:
     return sorted(set(builtin_methods()) | plugins)
 
 
-def get_method(name: str) -> Method:
+def get_method(name: str) -> Declared:
     """The method called ``name``; RecipeError with the nearest names where there is none."""
     method = _by_file_name(name) or builtin_methods().get(name) or plugin_method(name)
     if method is None:
         near = difflib.get_close_matches(name, method_names(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`mergekit-lr methods` lists them"
         raise RecipeError(f"there is no merge method {name!r}", fix=hint)
+    return method
+
+
+def tensor_method(name: str) -> Method:
+    """The method of an `Operation`."""
+    method = get_method(name)
+    assert isinstance(method, Method), f"{name} does not work on single tensors"
+    return method
+
+
+def rewrite(name: str) -> Rewrite:
+    """The method of a `Task`."""
+    method = get_method(name)
+    assert isinstance(method, Rewrite), f"{name} lays out no output of its own"
     return method

@@ -41,10 +41,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """All shards and the place of every tensor by name."""
+    """All shards and the place of every tensor by name. ``stem``: what the files' names begin with."""
 
     shards: tuple[Shard, ...]
     places: dict[str, Place]
+    stem: str = "model"
+
+    @property
+    def index_file(self) -> str:
+        return f"{self.stem}.safetensors.index.json"
 
     @property
     def total_bytes(self) -> int:
@@ -57,7 +62,7 @@ class Layout:
         return sum(s.size for s in self.shards)
 
     def index(self, parameters: int) -> bytes | None:
-        """``model.safetensors.index.json``, or None for a single file."""
+        """What `index_file` holds, or None for a single file."""
         if len(self.shards) == 1:
             return None
         names = {name: self.shards[p.shard].file for name, p in self.places.items()}
@@ -75,7 +80,7 @@ def nbytes_of(tensor: Described) -> int:
     return n
 
 
-def lay_out(tensors: Sequence[Described], shard_size: int) -> Layout:
+def lay_out(tensors: Sequence[Described], shard_size: int, stem: str = "model") -> Layout:
     """Fill shards of at most ``shard_size`` bytes of data, in the given order; a larger tensor has its own.
 
     Within a shard wider dtypes come first, so that every tensor is aligned to its own element.
@@ -93,9 +98,9 @@ def lay_out(tensors: Sequence[Described], shard_size: int) -> Layout:
     places: dict[str, Place] = {}
     for i, group in enumerate(groups):
         part = "" if len(groups) == 1 else f"-{i + 1:05d}-of-{len(groups):05d}"
-        file = f"model{part}.safetensors"
+        file = f"{stem}{part}.safetensors"
         shards.append(_shard(file, i, group, places))
-    return Layout(tuple(shards), places)
+    return Layout(tuple(shards), places, stem)
 
 
 def lay_out_file(file: str, tensors: Sequence[Described], metadata: Mapping[str, str]) -> Layout:

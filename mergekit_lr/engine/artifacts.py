@@ -12,13 +12,13 @@ from mergekit_lr.engine.plan import Plan
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import Pass
 from mergekit_lr.pieces import drive
-from mergekit_lr.registry import get_method
+from mergekit_lr.registry import tensor_method
 
 
 def compute_artifacts(plan: Plan, job: Job) -> None:
     """Model-wide statistics: every pass over every tensor that the method merges, in output order."""
     for artifact in plan.graph.artifacts:
-        method = get_method(artifact.method)
+        method = tensor_method(artifact.method)
         operations = [o for o in plan.graph.operations if o.artifact == artifact]
 
         def look(wanted: Pass[Any, Any], operations: Any = operations, method: Any = method) -> Any:

@@ -12,17 +12,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES, OVERFLOWS_AT
-from mergekit_lr.engine.finite import NonFinite, explain_nonfinite
+from mergekit_lr.engine.desk import TaskDesk
+from mergekit_lr.engine.finite import complain
 from mergekit_lr.engine.fused import Fused, fused_sum
 from mergekit_lr.engine.job import Job, Stopped
 from mergekit_lr.engine.output import Output
 from mergekit_lr.engine.units import Unit, slicing_of
-from mergekit_lr.errors import NonFiniteError
-from mergekit_lr.graph.nodes import Delta, Operation, Restore, Sink, Source, operation_of, sources_of
+from mergekit_lr.graph.nodes import Delta, Operation, Restore, Result, Sink, Source, operation_of, sources_of
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import Call, Method, Pass, Piece
 from mergekit_lr.pieces import Span, drive, fold_all, sample_spans, spans
-from mergekit_lr.registry import get_method
+from mergekit_lr.registry import rewrite, tensor_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +42,13 @@ class Worker:
         self._wide: Tensor | None = None
 
     def run(self, unit: Unit) -> None:
-        """Do one unit and note it in the journal."""
+        """Do one unit, or the whole task that it is a result of, and note it in the journal."""
         sink = self.job.graph.sinks[unit.sink]
+        if isinstance(sink.value, Result):
+            desk = TaskDesk(self.job, sink.value.task)
+            rewrite(desk.task.method).compute(desk.task, desk)
+            desk.finish()
+            return
         operation = operation_of(sink.value)
         out = Output(self.job, sink, partial(self._buffer, -1))
         if operation is None:
@@ -64,7 +69,7 @@ class Worker:
             out.write(start, checkpoint.read(source.tensor, start, stop, self._buffer(0, stop - start, out.dtype)))
 
     def _merge(self, sink: Sink, operation: Operation, unit: Unit, out: Output) -> None:
-        method = get_method(operation.method)
+        method = tensor_method(operation.method)
         shared = self.job.artifacts.get(operation.method)
         state = drive(method.statistics(operation.call, shared), Looks(self, method, operation, shared).run)
         fused = fused_sum(method, operation, sink, state)
@@ -161,13 +166,7 @@ class Worker:
                 self._complain(None, operation, math.nan)
 
     def _complain(self, sink: Sink | None, operation: Operation, largest: float) -> None:
-        if self.job.nonfinite == "allow":
-            return
-        found: NonFinite = explain_nonfinite(self.job.checkpoints, operation, sink, largest)
-        if self.job.nonfinite == "warn":
-            self.job.warn(str(found))
-            return
-        raise NonFiniteError(found.what, where=found.where, why=found.why, fix=found.fix)
+        complain(self.job, sources_of(operation), operation.call.name, operation.method, sink, largest)
 
 
 @dataclass

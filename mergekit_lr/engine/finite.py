@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from mergekit_lr.checkpoint.dtypes import OVERFLOWS_AT
 from mergekit_lr.checkpoint.model import Checkpoint
-from mergekit_lr.graph.nodes import Operation, Sink, sources_of
+from mergekit_lr.engine.job import Job
+from mergekit_lr.errors import NonFiniteError
+from mergekit_lr.graph.nodes import Sink, Source
 from mergekit_lr.lazy import torch
 from mergekit_lr.pieces import element_count
 
@@ -28,14 +30,34 @@ class NonFinite:
         return f"{self.where}: {self.what} ({self.why})"
 
 
+def complain(job: Job, sources: Sequence[Source], name: str, method: str, sink: Sink | None, largest: float) -> None:
+    """Say that a value is not finite, in the way that the recipe wants it said.
+
+    Raises:
+        NonFiniteError: the recipe says ``nonfinite: error``, or nothing.
+    """
+    if job.nonfinite == "allow":
+        return
+    found = explain_nonfinite(job.checkpoints, sources, name, method, sink, largest)
+    if job.nonfinite == "warn":
+        job.warn(str(found))
+        return
+    raise NonFiniteError(found.what, where=found.where, why=found.why, fix=found.fix)
+
+
 def explain_nonfinite(
-    checkpoints: Sequence[Checkpoint], operation: Operation, sink: Sink | None, largest: float
+    checkpoints: Sequence[Checkpoint],
+    sources: Sequence[Source],
+    name: str,
+    method: str,
+    sink: Sink | None,
+    largest: float,
 ) -> NonFinite:
     """Read the inputs of an operation again and find the first value that is not finite.
 
     Where all inputs are finite, the fault is the merge's: an overflow in the cast, or in the arithmetic.
     """
-    for source in sources_of(operation):
+    for source in sources:
         checkpoint = checkpoints[source.model]
         first, count = None, 0
         n = element_count(checkpoint.tensors[source.tensor].shape)
@@ -61,7 +83,7 @@ def explain_nonfinite(
         )
     return NonFinite(
         "the merge gave values that are not finite",
-        f"tensor {operation.call.name!r}",
-        f"{operation.method} overflowed fp32 on finite inputs",
+        f"tensor {name!r}",
+        f"{method} overflowed fp32 on finite inputs",
         "look at the weights and lambda in the recipe",
     )

@@ -10,6 +10,8 @@ from typing import Any
 from mergekit_lr.engine.digest import ALGORITHM, combine
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.plan import Plan
+from mergekit_lr.graph.nodes import Result
+from mergekit_lr.rewrite import Rewrite
 
 
 def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[str, Any]:
@@ -17,12 +19,16 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
 
     chunks: dict[str, list[tuple[int, list[str]]]] = {}
     largest: dict[str, float] = {}
+    notes: dict[str, Any] = {}
     for unit in plan.units:
         record = job.journal.done[unit.key(plan.graph)]
         name = plan.graph.sinks[unit.sink].name
         chunks.setdefault(name, []).append((unit.start, record["chunks"]))
         if "max_abs" in record:
             largest[name] = max(largest.get(name, 0.0), record["max_abs"])
+        value = plan.graph.sinks[unit.sink].value
+        if "notes" in record and isinstance(value, Result):
+            notes[plan.graph.tasks[value.task].key] = record["notes"]
     digests = {n: combine(c for _, part in sorted(parts) for c in part) for n, parts in chunks.items()}
     tensors = [
         {
@@ -46,6 +52,8 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
         "warnings": plan.warnings + job.warnings,
         "digest_algorithm": ALGORITHM,
         "tensors": tensors,
+        **({"details": plan.outline.details} if plan.outline and plan.outline.details else {}),
+        **({"notes": {key: notes[key] for key in sorted(notes)}} if notes else {}),
         "run": {
             "device": plan.device,
             "threads": plan.budget.threads,
@@ -67,12 +75,16 @@ def small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
 
     files = dict(plan.files)
     if plan.config is not None:
-        files["config.json"] = plan.config
+        files["config.json" if plan.kind == "model" else "shared/config.json"] = plan.config
     index = plan.layout.index(plan.parameters)
     if index is not None:
-        files["model.safetensors.index.json"] = index
+        files[plan.layout.index_file] = index
     files["mergekit_lr.yml"] = _pinned(plan).encode()
-    files["README.md"] = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models]).encode()
+    extra = plan.outline.extra if plan.outline else {}
+    files["README.md"] = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models if m not in extra]).encode()
+    method = plan.recipe.method
+    if isinstance(method, Rewrite):
+        files |= method.files(plan.recipe, report)
     files["merge_report.json"] = (json.dumps(report, indent=1) + "\n").encode()
     return files
 

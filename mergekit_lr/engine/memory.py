@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mergekit_lr.errors import ResourceError
-from mergekit_lr.graph.nodes import MergeGraph, Sink, operation_of, sources_of
+from mergekit_lr.graph.nodes import MergeGraph, Result, Sink, operation_of, sources_of
 from mergekit_lr.method import GRID, Slicing
 from mergekit_lr.pieces import element_count
 
@@ -30,8 +30,14 @@ class Budget:
     peak: int
 
 
-def worker_bytes(sink: Sink, piece: int, read: int) -> int:
-    """What one worker holds for pieces of ``sink``: inputs as read, inputs in fp32, temporaries, the output."""
+def worker_bytes(graph: MergeGraph, sink: Sink, piece: int, read: int) -> int:
+    """What one worker holds for pieces of ``sink``: inputs as read, inputs in fp32, temporaries, the output.
+
+    For a result of a task: what the task says of itself.
+    """
+    if isinstance(sink.value, Result):
+        task = graph.tasks[sink.value.task]
+        return task.fixed + task.held * 4 * read
     operation = operation_of(sink.value)
     inputs = len(sources_of(sink.value))
     widened = 0 if operation is None else (inputs + len(operation.inputs) + TEMPORARIES) * 4 * piece
@@ -59,11 +65,11 @@ def make_budget(
     piece = DEVICE_PIECE if device != "cpu" else PIECE
     read = max(piece, READ)
     workers = threads or available_cpus()
-    heaviest = max(graph.sinks, key=lambda s: worker_bytes(s, 1, 1))
+    heaviest = max(graph.sinks, key=lambda s: worker_bytes(graph, s, piece, read))
 
     def peak() -> int:
-        usual = worker_bytes(heaviest, piece, read)
-        return workers * max([usual, *(worker_bytes(graph.sinks[i], n, n) for i, n in whole)])
+        usual = worker_bytes(graph, heaviest, piece, read)
+        return workers * max([usual, *(worker_bytes(graph, graph.sinks[i], n, n) for i, n in whole)])
 
     whole = [(i, uncut) for i, how in slicing.items() if (uncut := _uncut(graph.sinks[i], how)) > piece]
     while peak() > limit and read > piece:
@@ -73,14 +79,21 @@ def make_budget(
     while peak() > limit and workers > 1:
         workers -= 1
     if peak() > limit:
-        at = max(whole, key=lambda w: worker_bytes(graph.sinks[w[0]], w[1], w[1]), default=None)
+        at = max(whole, key=lambda w: worker_bytes(graph, graph.sinks[w[0]], w[1], w[1]), default=None)
+        name = graph.sinks[at[0]].name if at else _largest_task(graph)
         raise ResourceError(
-            f"{graph.sinks[at[0]].name!r} must be held whole" if at else "the smallest pieces do not fit",
+            f"{name!r} must be held whole" if name else "the smallest pieces do not fit",
             where="memory budget",
             why=f"{peak() / 2**20:.0f} MiB are needed and {limit / 2**20:.0f} MiB allowed",
             fix=f"allow at least --max-memory {-(-peak() // 2**20)}MiB",
         )
     return Budget(limit, workers, piece, read, peak())
+
+
+def _largest_task(graph: MergeGraph) -> str | None:
+    """The task that holds most whatever the size of its steps, if any holds anything."""
+    task = max(graph.tasks, key=lambda t: t.fixed, default=None)
+    return task.key if task is not None and task.fixed else None
 
 
 def _uncut(sink: Sink, how: Slicing) -> int:

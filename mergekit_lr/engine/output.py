@@ -12,7 +12,7 @@ from mergekit_lr.engine.digest import ChunkDigests
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.units import Unit
 from mergekit_lr.errors import VerificationError
-from mergekit_lr.graph.nodes import Sink, operation_of
+from mergekit_lr.graph.nodes import MergeGraph, Sink, operation_of
 from mergekit_lr.lazy import torch
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ class Output:
         fs.pwrite(fd, data, place.offset + start * ITEM_BYTES[self.dtype], path)
         self.digests.update(data)
         self.written += narrow.numel()
-        inputs = 1 if operation_of(self.sink.value) is None else len(job.checkpoints)
-        job.advance(len(data) * (1 + inputs))
+        job.advance(len(data) * (1 + inputs_counted(job.graph, self.sink)))
 
     def finish(self, unit: Unit) -> None:
         """Check that every element was written, and let the disk begin on them."""
@@ -60,3 +59,8 @@ class Output:
         place, item = self.job.layout.places[self.sink.name], ITEM_BYTES[self.dtype]
         fd, _ = self.job.shard(place.shard)
         fs.start_writeback(fd, place.offset + unit.start * item, (unit.stop - unit.start) * item)
+
+
+def inputs_counted(graph: MergeGraph, sink: Sink) -> int:
+    """How many inputs of an output's size progress counts for it."""
+    return 1 if operation_of(sink.value) is None else len(graph.models)

@@ -6,11 +6,11 @@ import gc
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mergekit_lr.checkpoint.dtypes import AVERAGED
 from mergekit_lr.checkpoint.header import TensorInfo
@@ -18,13 +18,15 @@ from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.engine.memory import Budget, make_budget
+from mergekit_lr.engine.output import inputs_counted
 from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
 from mergekit_lr.graph.build import build_graph
-from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, sources_of
+from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, Result, Sink
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.report.consistency import config_problems
+from mergekit_lr.rewrite import Kind, Outline, Rewrite
 from mergekit_lr.sizes import parse_size
 
 DEFAULT_SHARD = "5GB"
@@ -44,13 +46,20 @@ class Plan:
     config: bytes | None
     files: dict[str, bytes]
     warnings: list[str] = field(default_factory=list)
+    outline: Outline | None = None
+    prepared: Path | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What is written: a model, or a bundle that keeps a model's small files under ``shared/``."""
+        return "bundle" if _bundles(self.recipe) else "model"
 
     @property
     def bytes_in(self) -> int:
         """Bytes read once over; methods with statistics read their inputs again."""
         total = 0
         for sink in self.graph.sinks:
-            for source in sources_of(sink.value):
+            for source in self.graph.sources(sink) if first_result(sink) else ():
                 total += self.inputs[self.graph.models[source.model]].tensors[source.tensor].nbytes
         return total
 
@@ -68,10 +77,16 @@ class Plan:
             "recipe": self.recipe.digest(),
             "method": hashlib.sha256(source.encode()).hexdigest(),
             "graph": self.graph.digest,
-            "inputs": {m: self.inputs[m].identity() for m in self.graph.models},
+            "inputs": {m: self._identity(self.inputs[m]) for m in self.graph.models},
             "shards": [[s.file, s.size] for s in self.layout.shards],
             "device": self.device.partition(":")[0],
         }
+
+    def _identity(self, checkpoint: Checkpoint) -> list[list[Any]]:
+        """An input's identity; what this run prepared itself may have been written again since, to the same bytes."""
+        own = self.prepared is not None and all(Path(s.path).is_relative_to(self.prepared) for s in checkpoint.stamps)
+        found = checkpoint.identity()
+        return [[name, size, header] for name, size, _, header in found] if own else found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `plan --json` prints it. Sizes in bytes."""
@@ -139,10 +154,12 @@ def planned(
     shard_size: str | int = DEFAULT_SHARD,
     allow_pickle: bool = False,
     headers_only: bool = False,
+    prepare: Prepare | None = None,
 ) -> Iterator[Plan]:
     """Open the inputs, check them against each other, and lay everything out.
 
-    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run.
+    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. ``prepare`` is called
+    for a method that must find something out first, and returns the folder in which it kept that.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -153,7 +170,14 @@ def planned(
     with ExitStack() as stack:
         with _without_collector():
             inputs = _opened(loaded, stack, allow_pickle, headers_only)
-            plan = _lay_out(loaded, inputs, choose_device(device), max_memory, threads, shard_size)
+        settings = Settings(choose_device(device), max_memory, threads, parse_size(shard_size))
+        prepared = None
+        if prepare is not None and isinstance(loaded.method, Rewrite) and loaded.method.prepares:
+            prepared = prepare(loaded, inputs, settings)
+        with _without_collector():
+            plan = _lay_out(loaded, inputs, settings, prepared)
+            for name in plan.inputs.keys() - inputs.keys():
+                stack.callback(plan.inputs[name].close)
         yield plan
 
 
@@ -182,37 +206,75 @@ def _opened(recipe: Recipe, stack: ExitStack, allow_pickle: bool, headers_only: 
     return inputs
 
 
-def _lay_out(
-    recipe: Recipe,
-    inputs: dict[str, Checkpoint],
-    device: str,
-    max_memory: str | int | None,
-    threads: int | None,
-    shard_size: str | int,
-) -> Plan:
-    graph = build_graph(recipe, inputs)
-    merged = [inputs[m] for m in graph.models]
+@dataclass(frozen=True)
+class Settings:
+    """How a run was asked to work. ``device`` is chosen; ``shard_size`` in bytes."""
+
+    device: str
+    max_memory: str | int | None
+    threads: int | None
+    shard_size: int
+
+    @property
+    def limit(self) -> int | None:
+        return None if self.max_memory is None else parse_size(self.max_memory)
+
+
+Prepare: TypeAlias = Callable[[Recipe, dict[str, Checkpoint], Settings], Path]
+
+
+def _lay_out(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, prepared: Path | None) -> Plan:
+    method, outline = recipe.method, None
+    if isinstance(method, Rewrite):
+        outline = method.outline(recipe, inputs, prepared)
+        inputs = {**inputs, **outline.extra}
+        graph = MergeGraph(outline.models, outline.sinks, outline.dropped, None, outline.tasks)
+    else:
+        graph = build_graph(recipe, inputs)
+    merged = [inputs[m] for m in graph.models if outline is None or m not in outline.extra]
     check_vocabularies(merged)
-    layout = lay_out(graph.sinks, parse_size(shard_size))
+    kind = "bundle" if _bundles(recipe) else "model"
+    layout = lay_out(graph.sinks, settings.shard_size, kind)
     slicing = {i: slicing_of(s) for i, s in enumerate(graph.sinks)}
-    limit = None if max_memory is None else parse_size(max_memory)
-    budget = make_budget(graph, slicing, limit, threads, device)
+    budget = make_budget(graph, slicing, settings.limit, settings.threads, settings.device)
+    config, files, warnings = _small_files(recipe, inputs, graph, merged, outline)
+    if kind == "bundle":
+        files = {f"shared/{name}": data for name, data in files.items()}
+    if outline is not None:
+        files |= outline.files
+        warnings += outline.warnings
+    units = units_of(graph, budget.threads)
+    return Plan(
+        recipe, inputs, graph, layout, budget, units, settings.device, config, files, warnings, outline, prepared
+    )
+
+
+def _small_files(
+    recipe: Recipe,
+    inputs: Mapping[str, Checkpoint],
+    graph: MergeGraph,
+    merged: Sequence[Checkpoint],
+    outline: Outline | None,
+) -> tuple[bytes | None, dict[str, bytes], list[str]]:
+    """The output's config, what is carried over beside it, and warnings about everything that was found."""
     tokenizer = inputs[str(recipe.tokenizer_source)] if recipe.tokenizer_source else merged[0]
     picked = None if graph.layers is None else [(merged[m], layer) for m, layer in graph.layers]
-    dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED}
-    config, config_warnings = merged_config(merged[0], dtypes, picked)
+    whole = outline is None or not _bundles(recipe)
+    dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED} if whole else set()
+    edited = None if outline is None else outline.config
+    config, config_warnings = merged_config(merged[0], dtypes, picked, edited)
     files, file_warnings = carried_over(merged[0], tokenizer)
     warnings = [*recipe.warnings, *config_warnings, *file_warnings]
-    warnings += [f"the output's config.json: {p}" for p in _contradictions(config, graph)]
+    if whole:
+        warnings += [f"the output's config.json: {p}" for p in _contradictions(config, graph)]
     for checkpoint in merged:
         warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
-    lost = [d for d in graph.dropped if d[2] != OUTSIDE_SLICES]
+    lost = [d for d in graph.dropped if d[2] != OUTSIDE_SLICES] if outline is None else []
     if lost:
         model, tensor, rule = lost[0]
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         warnings.append(f"{model}: tensor {tensor!r}{more} not merged ({rule})")
-    units = units_of(graph, budget.threads)
-    return Plan(recipe, inputs, graph, layout, budget, units, device, config, files, warnings)
+    return config, files, warnings
 
 
 def _contradictions(config: bytes | None, graph: MergeGraph) -> list[str]:
@@ -227,6 +289,14 @@ def bytes_of(plan: Plan) -> int:
     """Bytes that a run reads and writes at least, as its progress counts them."""
     total = 0
     for sink in plan.graph.sinks:
-        merged = sink.rule == "merged"
-        total += nbytes_of(sink) * (1 + (len(plan.graph.models) if merged else 1))
+        total += nbytes_of(sink) * (1 + inputs_counted(plan.graph, sink))
     return total
+
+
+def _bundles(recipe: Recipe) -> bool:
+    return isinstance(recipe.method, Rewrite) and recipe.method.kind == "bundle"
+
+
+def first_result(sink: Sink) -> bool:
+    """Whether a sink is the one that its task's inputs are counted for."""
+    return not isinstance(sink.value, Result) or sink.value.index == 0

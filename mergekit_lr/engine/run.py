@@ -14,6 +14,7 @@ from typing import Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.checkpoint.header import read_header
+from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.engine import processes
 from mergekit_lr.engine.artifacts import compute_artifacts
 from mergekit_lr.engine.digest import CHUNK, ChunkDigests
@@ -21,10 +22,11 @@ from mergekit_lr.engine.execute import work
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.manifest import make_report, small_files
 from mergekit_lr.engine.memory import keep_freed_memory
-from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, bytes_of, planned
+from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, Settings, bytes_of, planned
+from mergekit_lr.engine.prepare import run_preparation
 from mergekit_lr.engine.processes import TICK
 from mergekit_lr.engine.progress import Progress, ProgressEvent
-from mergekit_lr.engine.units import Unit
+from mergekit_lr.engine.units import Unit, pending
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import CheckpointError, VerificationError
 from mergekit_lr.lazy import torch
@@ -71,23 +73,41 @@ def merge(
         MergekitLrError: one of the family in `mergekit_lr.errors`; nothing is left at ``out`` then.
     """
     target = Path(out)
-    with planned(
-        recipe,
-        device=device,
-        max_memory=max_memory,
-        threads=threads,
-        shard_size=shard_size,
-        allow_pickle=allow_pickle,
-    ) as plan:
-        return run(plan, target, resume=resume, overwrite=overwrite, progress=progress)
+    space = Workspace(target)
+
+    def prepare(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings) -> Path:
+        space.reserve(resume=resume, overwrite=overwrite)
+        with one_thread_each():
+            return run_preparation(recipe, inputs, settings, space, progress)
+
+    try:
+        with planned(
+            recipe,
+            device=device,
+            max_memory=max_memory,
+            threads=threads,
+            shard_size=shard_size,
+            allow_pickle=allow_pickle,
+            prepare=prepare,
+        ) as plan:
+            return run(plan, target, resume=resume, overwrite=overwrite, progress=progress, space=space)
+    finally:
+        space.release()
 
 
 def run(
-    plan: Plan, out: Path, *, resume: bool = True, overwrite: bool = False, progress: Progress | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    space: Workspace | None = None,
 ) -> MergeResult:
-    """Carry out a plan; see `merge`."""
+    """Carry out a plan; see `merge`. ``space`` is held already where something was prepared in it."""
     began = time.monotonic()
-    space = Workspace(out, plan.fingerprint())
+    space = space or Workspace(out)
+    space.fingerprint = plan.fingerprint()
     if resume and space.committed():
         return MergeResult(out, json.loads((out / "merge_report.json").read_bytes()))
     used = [c.folder or Path(c.stamps[0].path) for c in plan.inputs.values()]
@@ -166,7 +186,7 @@ def _written(plan: Plan, job: Job, unit: Unit) -> list[str]:
 
 def _drain(plan: Plan, job: Job, progress: Progress | None) -> None:
     """Let the workers do every unit that is not done yet."""
-    todo = [u for u in plan.units if u.key(plan.graph) not in job.journal.done]
+    todo = pending(plan.units, plan.graph, job.journal.done)
     total = bytes_of(plan)
 
     def tick(done: int) -> None:

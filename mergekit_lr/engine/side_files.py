@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_lr.arch.by_layer import relayered
@@ -56,11 +56,15 @@ def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str
 
 
 def merged_config(
-    reference: Checkpoint, dtypes: set[str], layers: Sequence[tuple[Checkpoint, int]] | None = None
+    reference: Checkpoint,
+    dtypes: set[str],
+    layers: Sequence[tuple[Checkpoint, int]] | None = None,
+    edited: Mapping[str, Any] | None = None,
 ) -> tuple[bytes | None, list[str]]:
     """config.json of the output: the reference's, its dtype set to what was written, code references dropped.
 
     ``layers``: for each output layer the model and the layer it came from, where layers were picked.
+    ``edited``: a config to start from instead of the reference's.
 
     Raises:
         CheckpointError: the config cannot describe the picked layers.
@@ -68,10 +72,10 @@ def merged_config(
     if reference.config is None:
         return None, []
     warnings: list[str] = []
-    config: dict[str, Any] = dict(reference.config)
+    config: dict[str, Any] = dict(reference.config if edited is None else edited)
     if layers is not None:
         config = relayered(config, reference.reference, [(c.config or config, c.reference, i) for c, i in layers])
-    if "auto_map" in config:
+    if "auto_map" in config and edited is None:
         del config["auto_map"]
         warnings.append(
             f"{reference.reference}: its config points to Python files (auto_map); code is not carried over, "

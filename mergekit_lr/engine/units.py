@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.checkpoint.layout import nbytes_of
 from mergekit_lr.engine.digest import CHUNK
-from mergekit_lr.graph.nodes import MergeGraph, Sink, operation_of
+from mergekit_lr.graph.nodes import MergeGraph, Result, Sink, operation_of
 from mergekit_lr.method import Slicing
 from mergekit_lr.pieces import element_count
-from mergekit_lr.registry import get_method
+from mergekit_lr.registry import tensor_method
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Elements ``start .. stop`` of sink number ``sink``."""
+    """Elements ``start .. stop`` of sink number ``sink``. Whoever does one result of a task does all of them."""
 
     sink: int
     start: int
@@ -30,17 +30,17 @@ def slicing_of(sink: Sink) -> Slicing:
     operation = operation_of(sink.value)
     if operation is None:
         return Slicing.ELEMENTWISE
-    return get_method(operation.method).slicing(operation.call.merge)
+    return tensor_method(operation.method).slicing(operation.call.merge)
 
 
 def stands_alone(sink: Sink) -> bool:
     """Whether parts of the tensor can be merged without having looked at the rest."""
     operation = operation_of(sink.value)
     if operation is None:
-        return True
+        return not isinstance(sink.value, Result)
     if slicing_of(sink) is not Slicing.ELEMENTWISE:
         return False
-    statistics = get_method(operation.method).statistics(operation.call, None)
+    statistics = tensor_method(operation.method).statistics(operation.call, None)
     if statistics is not None:
         statistics.close()
     return statistics is None
@@ -61,6 +61,22 @@ def units_of(graph: MergeGraph, threads: int) -> list[Unit]:
         else:
             units.append(Unit(i, 0, n))
     return largest_first(units, graph.sinks, total // max(1, 16 * threads))
+
+
+def pending(units: Sequence[Unit], graph: MergeGraph, done: Container[str]) -> list[Unit]:
+    """Units that are not done, one for each task of which any result is not."""
+    found: list[Unit] = []
+    tasks: set[int] = set()
+    for unit in units:
+        if unit.key(graph) in done:
+            continue
+        value = graph.sinks[unit.sink].value
+        if isinstance(value, Result):
+            if value.task in tasks:
+                continue
+            tasks.add(value.task)
+        found.append(unit)
+    return found
 
 
 def largest_first(units: Sequence[Unit], sinks: Sequence[Sink], threshold: int) -> list[Unit]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from mergekit_lr.errors import ResourceError, UsageError
 
 @dataclass
 class Workspace:
-    """Paths of one run. ``fingerprint`` decides whether earlier work may be used."""
+    """Paths of one run. ``fingerprint`` decides whether earlier work may be used. ``held``: the lock is ours."""
 
     out: Path
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    held: bool = False
 
     def __post_init__(self) -> None:
         self.root = self.out.with_name(self.out.name + ".partial")
@@ -66,35 +67,48 @@ class Workspace:
 
     def claim(self, *, resume: bool) -> None:
         """Create or take over ``OUT.partial``; start afresh unless resuming finds the same fingerprint."""
+        if not self.held:
+            self.reserve(resume=resume)
+        try:
+            self.match(self.plan, self.fingerprint)
+        except BaseException:
+            self.release()
+            raise
+        fs.make_folder(self.model)
+
+    def reserve(self, *, resume: bool, overwrite: bool = True) -> None:
+        """Take ``OUT.partial`` for this process; empty it unless resuming."""
         self._check_writable()
+        if not overwrite and not self.root.exists():
+            self.check_target(overwrite=False, inputs=[])
         if not resume:
             self._check_lock()
             fs.remove_tree(self.root)
         fs.make_folder(self.root)
         self._take_lock()
-        try:
-            self._match_plan()
-        except BaseException:
-            self.release()
-            raise
-        fs.make_folder(self.model)
+        self.held = True
 
     def _check_writable(self) -> None:
         parent = self.out.parent
         if not parent.is_dir():
             raise ResourceError("the output's parent folder does not exist", where=str(parent), fix="create it first")
 
-    def _match_plan(self) -> None:
-        wanted = json.dumps(self.fingerprint, sort_keys=True, indent=1).encode()
-        if not self.plan.exists():
-            fs.write_file(self.plan, wanted)
+    def match(self, path: Path, fingerprint: dict[str, Any]) -> None:
+        """Write down what is being done, or compare with what an earlier run wrote down.
+
+        Raises:
+            UsageError: they differ.
+        """
+        wanted = json.dumps(fingerprint, sort_keys=True, indent=1).encode()
+        if not path.exists():
+            fs.write_file(path, wanted)
             return
         try:
-            before = json.loads(self.plan.read_bytes())
+            before = json.loads(path.read_bytes())
         except ValueError:
             before = None  # killed while it was being written: nothing was done yet
         if before is None:
-            fs.write_file(self.plan, wanted)
+            fs.write_file(path, wanted)
             return
         after = json.loads(wanted)
         if before != after:
@@ -138,10 +152,14 @@ class Workspace:
         """Make everything durable, then rename. ``files`` are the small ones: index, config, card, report."""
         for shard in layout.shards:
             fs.fsync(self.model / shard.file)
+        folders = sorted({f.parent for f in map(Path, files)} - {Path()})
+        for folder in folders:
+            fs.make_folder(self.model / folder)
         for name, data in files.items():
             fs.write_file(self.model / name, data)
         self._remove_strays({s.file for s in layout.shards} | set(files))
-        fs.fsync(self.model)
+        for folder in [*folders, Path()]:
+            fs.fsync(self.model / folder)
         aside = self.root / "replaced"
         if overwrite and (self.out.exists() or self.out.is_symlink()):
             fs.rename(self.out, aside)
@@ -149,8 +167,8 @@ class Workspace:
         fs.remove_tree(self.root)
 
     def _remove_strays(self, wanted: set[str]) -> None:
-        for path in self.model.iterdir():
-            if path.name not in wanted:
+        for path in [p for p in self.model.rglob("*") if not p.is_dir()]:
+            if path.relative_to(self.model).as_posix() not in wanted:
                 fs.remove_file(path)
 
     def _take_lock(self) -> None:
@@ -173,9 +191,10 @@ class Workspace:
             )
 
     def release(self) -> None:
-        """Let others have the unfinished work, if there is any."""
-        if self.lock.exists():
+        """Let others have the unfinished work, if it is ours and there is any."""
+        if self.held and self.lock.exists():
             fs.remove_file(self.lock)
+        self.held = False
 
 
 def _identity() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mergekit_lr.errors import CheckpointError, join_problems
 from mergekit_lr.graph.nodes import Artifact, MergeGraph, Operation, Sink, Source
 from mergekit_lr.graph.places import Place, Places, find_places, left_out, why_absent
 from mergekit_lr.graph.spaces import as_input, as_weight
-from mergekit_lr.method import Base, Call
+from mergekit_lr.method import Base, Call, Method
 from mergekit_lr.recipe import Recipe
 
 MAX_PROBLEMS = 50
@@ -23,6 +23,7 @@ MAX_PROBLEMS = 50
 class _Builder:
     recipe: Recipe
     inputs: Mapping[str, Checkpoint]
+    method: Method
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class _Builder:
         if info.dtype not in AVERAGED:
             own = Source(self.models.index(model), tensor)
             return Sink(place.name, info.dtype, info.shape, own, f"copied: {info.dtype} is not averaged")
-        group, method = place.group, self.recipe.method
+        group, method = place.group, self.method
         names = tuple(place.name_in(e) for e in group.inputs)
         labels = tuple(str(e.reference) for e in group.inputs)
         base_entry = group.base if self.takes_base else None
@@ -123,29 +124,30 @@ def build_graph(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> MergeGraph:
         CheckpointError: the inputs do not fit each other, or slices do not fit them; ``problems`` holds every misfit.
         RecipeError: a parameter has no value at some tensor.
     """
-    builder = _Builder(recipe, inputs)
+    assert isinstance(recipe.method, Method)
+    builder = _Builder(recipe, inputs, recipe.method)
     refuse_quantised([inputs[m] for m in builder.models])
     places = find_places(recipe, inputs)
     sinks = [builder.sink(place) for place in places.every]
     if builder.problems:
         raise join_problems(CheckpointError, list(dict.fromkeys(builder.problems))[:MAX_PROBLEMS])
-    complete = with_artifact(recipe, [s for s in sinks if s is not None])
+    complete = with_artifact(recipe.method, [s for s in sinks if s is not None])
     layers = None
     if places.layers is not None:
         layers = tuple((builder.models.index(model), index) for model, index in places.layers)
     return MergeGraph(builder.models, tuple(complete), tuple(builder.dropped(places)), layers)
 
 
-def with_artifact(recipe: Recipe, sinks: Sequence[Sink]) -> Sequence[Sink]:
+def with_artifact(method: Method, sinks: Sequence[Sink]) -> Sequence[Sink]:
     """Make every operation wait for the method's model-wide statistics, where it has any."""
     from dataclasses import replace
 
     from mergekit_lr.graph.nodes import Restore, operation_of
 
     operations = [o for o in (operation_of(s.value) for s in sinks) if o is not None]
-    if recipe.method.model_statistics([o.call for o in operations]) is None:
+    if method.model_statistics([o.call for o in operations]) is None:
         return sinks
-    artifact = Artifact(recipe.method.name)
+    artifact = Artifact(method.name)
     out = []
     for sink in sinks:
         operation = operation_of(sink.value)

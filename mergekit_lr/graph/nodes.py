@@ -2,17 +2,17 @@
 
 Expressions are nested and immutable; equal ones are one node. Three kinds: *sources* (`Source`), *operations*
 (`Operation`, with the conversions `Delta` and `Restore`, and `Artifact` for what must be known of the whole
-model first) and *sinks* (`Sink`: a named place in the output).
+model first; `Task`, whose outputs are `Result`s) and *sinks* (`Sink`: a named place in the output).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mergekit_lr.method import Call, Space
 
@@ -60,7 +60,31 @@ class Restore:
     base: Source
 
 
-Expression: TypeAlias = Source | Delta | Operation | Restore
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One computation over whole tensors with one or more outputs, by a method that lays out its own output.
+
+    ``key`` is unique in the graph. ``call`` is plain, hashable data: whatever the method must know beside its
+    inputs. A worker holds about ``fixed`` bytes for it, and ``held`` fp32 tensors of `Desk.step` elements.
+    """
+
+    method: str
+    key: str
+    inputs: tuple[Source, ...]
+    call: Any
+    fixed: int = 0
+    held: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Output ``index`` of the graph's task number ``task``."""
+
+    task: int
+    index: int
+
+
+Expression: TypeAlias = Source | Delta | Operation | Restore | Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +108,37 @@ class MergeGraph:
 
     ``models``: references of the inputs, by index. ``dropped``: (model, tensor, rule) of every input tensor that
     no output takes. ``layers``: for each output layer, the model (its index) and the layer that its names and config
-    come from; None where whole models are merged.
+    come from; None where whole models are merged. ``tasks``: computations that several outputs are `Result`s of.
     """
 
     models: tuple[str, ...]
     sinks: tuple[Sink, ...]
     dropped: tuple[tuple[str, str, str], ...] = ()
     layers: tuple[tuple[int, int], ...] | None = None
+    tasks: tuple[Task, ...] = ()
+
+    def __post_init__(self) -> None:
+        for sink in self.sinks:
+            if isinstance(sink.value, Result) and not 0 <= sink.value.task < len(self.tasks):
+                raise ValueError(f"{sink.name!r} is a result of no task of this graph")
+        keys = [t.key for t in self.tasks]
+        if len(set(keys)) < len(keys):
+            raise ValueError("two tasks have one key")
+
+    def sources(self, sink: Sink) -> list[Source]:
+        """Every tensor that is read for an output, each once, in order; for a result, those of the whole task."""
+        if isinstance(sink.value, Result):
+            return list(dict.fromkeys(self.tasks[sink.value.task].inputs))
+        return sources_of(sink.value)
+
+    @cached_property
+    def results(self) -> Mapping[int, tuple[int, ...]]:
+        """The sinks of each task, in the order of its outputs."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for number, sink in enumerate(self.sinks):
+            if isinstance(sink.value, Result):
+                found.setdefault(sink.value.task, []).append((sink.value.index, number))
+        return {task: tuple(n for _, n in sorted(places)) for task, places in found.items()}
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
@@ -108,6 +156,8 @@ class MergeGraph:
         h = hashlib.sha256()
         for sink in self.sinks:
             h.update(repr(sink).encode())
+        for task in self.tasks:
+            h.update(repr(task).encode())
         h.update(json.dumps([self.models, self.dropped, self.layers]).encode())
         return h.hexdigest()
 
@@ -128,6 +178,9 @@ class MergeGraph:
             return f"{self.models[node.model]}:{node.tensor}"
         if isinstance(node, Delta):
             return f"({self.show(node.value)} - {self.show(node.base)})"
+        if isinstance(node, Result):
+            task = self.tasks[node.task]
+            return f"{task.method}[{node.index}]({', '.join(self.show(i) for i in task.inputs)})"
         if isinstance(node, Restore):
             return f"{self.show(node.base)} + {self.show(node.value)}"
         return f"{node.method}({', '.join(self.show(i) for i in node.inputs)})"
@@ -141,7 +194,8 @@ def operation_of(node: Expression) -> Operation | None:
 
 
 def sources_of(node: Expression) -> list[Source]:
-    """Every tensor that an expression reads, each once, in order."""
+    """Every tensor that an expression reads, each once, in order; a `Result` must be asked of its graph."""
+    assert not isinstance(node, Result), "see MergeGraph.sources"
     if isinstance(node, Source):
         return [node]
     if isinstance(node, Delta):

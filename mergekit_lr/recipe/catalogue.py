@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import Any
 
-from mergekit_lr.method import Base, Method, Parameters
+from mergekit_lr.method import Base, Declared, Parameters
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.registry import GROUP, builtin_methods, get_method
 
@@ -65,7 +65,7 @@ def _range(schema: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def describe(method: Method, origin: str = "built-in") -> dict[str, Any]:
+def describe(method: Declared, origin: str = "built-in") -> dict[str, Any]:
     """A method as plain data, as ``methods NAME --json`` prints it."""
     return {
         "name": method.name,

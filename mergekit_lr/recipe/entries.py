@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from collections.abc import Mapping as AbstractMapping
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from mergekit_lr.recipe.problems import Mark, Problems, nearest, shown
 from mergekit_lr.recipe.scope import ScopeReader
 from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence
 
-MODEL_KEYS = ("model", "parameters")
+MODEL_KEYS = ("model", "name", "parameters")
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 MAX_SLICES = 1_000
@@ -35,6 +37,7 @@ class ListedModel:
     tried: set[str] = field(default_factory=set)
     layers: tuple[int, int] | None = None
     layers_mark: Mark | None = None
+    name: str | None = None
 
 
 @dataclass
@@ -56,7 +59,7 @@ class EntryReader:
     """Turns nodes into entries and notes what is wrong with them.
 
     ``misplaced`` says where a parameter that is unknown at its place belongs. ``known`` is False where the method
-    is not: parameters are then not looked at.
+    is not: parameters are then not looked at. ``named``: the method has a use for names of models.
     """
 
     problems: Problems
@@ -64,6 +67,7 @@ class EntryReader:
     model_fields: Fields
     misplaced: Callable[[str], str | None]
     known: bool
+    named: bool = True
 
     def reference(self, node: Node, path: str) -> ModelReference | None:
         if not isinstance(node, Scalar) or not isinstance(node.value, str):
@@ -142,6 +146,8 @@ class EntryReader:
             read.reference = self.reference(model.value, f"{path}.model")
         elif not hints:
             self.problems.add(node.mark, path, "names no model", "add `model: PATH`")
+        if "name" in node.entries and "name" in keys:
+            read.name = self._name(node.entries["name"], f"{path}.name")
         if "layer_range" in keys:
             given = node.entries.get("layer_range")
             if given is not None:
@@ -152,6 +158,18 @@ class EntryReader:
         read.parameters, tried = self._parameters(node, path, self.model_fields)
         read.tried |= tried
         return read
+
+    def _name(self, entry: Entry, path: str) -> str | None:
+        """What the output calls a model."""
+        node = entry.value
+        if not self.named:
+            self.problems.add(entry.key_mark, path, "is not used by this method", "remove it")
+        elif not isinstance(node, Scalar) or not MODEL_NAME.fullmatch(str(node.value)):
+            what = "must be letters, digits, dots, underscores and hyphens, at most 64"
+            self.problems.add(node.mark, path, what, "write a short name")
+        else:
+            return str(node.value)
+        return None
 
     def _range(self, entry: Entry, path: str) -> tuple[int, int] | None:
         """Two whole numbers, the first layer and the one after the last."""
@@ -194,7 +212,7 @@ class EntryReader:
 def model_entry(model: ListedModel) -> ModelEntry:
     """The entry of a recipe that was read without a problem."""
     assert model.reference is not None
-    return ModelEntry(model.reference, model.parameters, model.layers)
+    return ModelEntry(model.reference, model.parameters, model.layers, model.name)
 
 
 def slice_entry(part: ListedSlice) -> Slice:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.method import Base, Method
+from mergekit_lr.method import Base, Declared
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.parameters import ParameterTable, Resolved, Scope, beneath, chains
 
@@ -19,12 +19,14 @@ from mergekit_lr.recipe.parameters import ParameterTable, Resolved, Scope, benea
 class ModelEntry:
     """One item of ``models``, or of a slice's ``sources``: the model and the parameters given to it there.
 
-    ``layers``: the first layer and the one after the last; None for a whole model.
+    ``layers``: the first layer and the one after the last; None for a whole model. ``name``: what the output calls
+    this model, where the method keeps models apart.
     """
 
     reference: ModelReference
     parameters: Scope = field(default_factory=dict)
     layers: tuple[int, int] | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Group:
         return self.table.resolve(tensor_name, t, input_names)
 
 
-def ordered_inputs(method: Method, listed: tuple[ModelEntry, ...], base: ModelEntry | None) -> tuple[ModelEntry, ...]:
+def ordered_inputs(method: Declared, listed: tuple[ModelEntry, ...], base: ModelEntry | None) -> tuple[ModelEntry, ...]:
     """``listed`` models, and the base where it takes part, in the order the method sees them.
 
     Without the base where it is only a reference (`Base.REQUIRED`, `Base.OPTIONAL`); with the base first where it
@@ -91,7 +93,7 @@ def entry_of(listed: tuple[ModelEntry, ...], base: ModelReference | None, *, who
 
 
 def build_groups(
-    method: Method,
+    method: Declared,
     models: tuple[ModelEntry, ...],
     slices: tuple[Slice, ...],
     base: ModelReference | None,

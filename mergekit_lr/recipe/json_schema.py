@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mergekit_lr.method import Base, Method, Parameters
+from mergekit_lr.method import Base, Declared, Parameters
+from mergekit_lr.recipe.calibration import MAX_LENGTH, MAX_SAMPLES, Calibration
 from mergekit_lr.recipe.catalogue import plugins, value_schema
-from mergekit_lr.recipe.entries import MAX_SLICES
+from mergekit_lr.recipe.entries import MAX_SLICES, MODEL_NAME
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.schema import DTYPES, NONFINITE
 from mergekit_lr.recipe.walk import MAX_SEED
@@ -48,7 +49,15 @@ def _root(names: list[str]) -> dict[str, Any]:
                 "type": "object",
                 "required": ["model"],
                 "additionalProperties": False,
-                "properties": {"model": reference, "parameters": parameters},
+                "properties": {
+                    "model": reference,
+                    "name": {
+                        "type": "string",
+                        "pattern": f"^(?:{MODEL_NAME.pattern})$",
+                        "description": "what the output calls it, for methods that keep models apart",
+                    },
+                    "parameters": parameters,
+                },
             },
         },
         "slices": {
@@ -69,6 +78,38 @@ def _root(names: list[str]) -> dict[str, Any]:
         "seed": {**seed, "description": "decides everything random (default 0)"},
         "random_seed": {**seed, "description": "another name of seed"},
         "nonfinite": {"enum": [*NONFINITE, None], "description": "on NaN or infinity in an input (default error)"},
+        "calibration": _calibration(),
+        "permutations": {
+            "type": ["string", "null"],
+            "description": "`auto`, the name of a model family, or a file, for methods that align neurons",
+        },
+    }
+
+
+def _calibration() -> dict[str, Any]:
+    """The text that a method runs a model on."""
+    text = {"type": "string", "minLength": 1}
+    return {
+        "type": ["object", "null"],
+        "description": "text that a model is run on, for methods that need it",
+        "additionalProperties": False,
+        "properties": {
+            "text": {"anyOf": [text, {"type": "array", "minItems": 1, "items": text}], "description": "UTF-8 files"},
+            "dataset": {**text, "description": "id of a dataset on the Hub"},
+            "samples": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_SAMPLES,
+                "description": f"windows of text (default {Calibration.samples})",
+            },
+            "sequence_length": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_LENGTH,
+                "description": f"tokens in a window (default {Calibration.sequence_length})",
+            },
+            "statistics": {**text, "description": "a file that calibrate wrote, instead of running the model"},
+        },
     }
 
 
@@ -105,7 +146,7 @@ def _slice(reference: dict[str, Any], parameters: dict[str, Any]) -> dict[str, A
     }
 
 
-def _case(method: Method) -> dict[str, Any]:
+def _case(method: Declared) -> dict[str, Any]:
     """What holds if ``merge_method`` is this method."""
     per_model = _parameters(method.PerModel)
     every = {**per_model, **_parameters(method.Merge)}

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mergekit_lr.errors import RecipeError
-from mergekit_lr.method import Method, Parameters
+from mergekit_lr.method import Declared, Parameters
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.problems import shown
 
@@ -105,7 +105,7 @@ class ParameterTable:
     the filters that match and ``t``, so that a hundred thousand tensors cost a few hundred validations.
     """
 
-    method: Method
+    method: Declared
     merge: Mapping[str, Chain]
     models: tuple[tuple[str, Mapping[str, Chain]], ...]
     origin: str

@@ -74,6 +74,11 @@ class Problems:
     def found(self) -> bool:
         return bool(self._errors)
 
+    @property
+    def count(self) -> int:
+        """Errors so far."""
+        return len(self._errors)
+
     def warnings(self) -> tuple[str, ...]:
         """Warnings in the order of the text."""
         return tuple(line for _, line in sorted(self._warnings, key=lambda e: e[0]))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.method import Method, Parameters
+from mergekit_lr.method import Declared, Parameters
+from mergekit_lr.recipe.calibration import Calibration
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.groups import Group, ModelEntry, Slice, build_groups
 from mergekit_lr.recipe.parameters import Chain, Rule, Scope, plain_chain
@@ -27,12 +28,13 @@ class Recipe:
 
     It lists whole ``models`` or has ``slices``; the other is empty, and ``groups`` is the view that both have.
     ``dtype`` and ``out_dtype`` are names of torch dtypes or None; ``tokenizer_source`` is the model whose tokenizer
-    the output gets (None: that of `config_source`); ``text`` is the exact YAML, ``origin`` the file
+    the output gets (None: that of `config_source`); ``calibration`` and ``permutations`` are for the methods that use
+    them (`Declared.settings`); ``text`` is the exact YAML, ``origin`` the file
     it came from; ``warnings`` are lines about what is legal but probably not meant.
     """
 
     merge_method: str
-    method: Method = field(repr=False, compare=False)
+    method: Declared = field(repr=False, compare=False)
     models: tuple[ModelEntry, ...] = ()
     slices: tuple[Slice, ...] = ()
     base_model: ModelReference | None = None
@@ -42,6 +44,8 @@ class Recipe:
     tokenizer_source: ModelReference | None = None
     seed: int = 0
     nonfinite: Nonfinite = "error"
+    calibration: Calibration | None = None
+    permutations: str | None = None
     text: str = field(default="", repr=False, compare=False)
     origin: Path | None = field(default=None, compare=False)
     warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
@@ -120,6 +124,8 @@ class Recipe:
             "tokenizer_source": str(self.tokenizer_source or self.config_source),
             "seed": self.seed,
             "nonfinite": self.nonfinite,
+            **({"calibration": self.calibration.plain()} if self.calibration else {}),
+            **({"permutations": self.permutations} if self.permutations else {}),
         }
 
     def digest(self) -> str:
@@ -128,19 +134,20 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain_entry(method: Method, group: Group, index: int) -> dict[str, Any]:
+def _plain_entry(method: Declared, group: Group, index: int) -> dict[str, Any]:
     """One input of a group with all of its parameters."""
     label, own = group.table.models[index]
     parameters = _plain(own, parameter_fields(method.PerModel))
-    layers = group.inputs[index].layers
+    layers, name = group.inputs[index].layers, group.inputs[index].name
     return (
         {"model": label}
+        | ({"name": name} if name else {})
         | ({"layer_range": list(layers)} if layers else {})
         | ({"parameters": parameters} if parameters else {})
     )
 
 
-def _plain_slice(method: Method, group: Group) -> dict[str, Any]:
+def _plain_slice(method: Declared, group: Group) -> dict[str, Any]:
     sources = [_plain_entry(method, group, i) for i in range(len(group.inputs))]
     base = group.base
     if base is not None and base not in group.inputs:

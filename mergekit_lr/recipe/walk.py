@@ -8,7 +8,8 @@ from typing import Any
 
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import RecipeError
-from mergekit_lr.method import Method
+from mergekit_lr.method import Declared
+from mergekit_lr.recipe.calibration import Calibration, read_calibration
 from mergekit_lr.recipe.entries import EntryReader, ListedModel, ListedSlice, model_entry, slice_entry
 from mergekit_lr.recipe.fields import ParameterField, parameter_fields
 from mergekit_lr.recipe.parameters import Scope
@@ -30,6 +31,8 @@ ROOT_KEYS = (
     "tokenizer_source",
     "seed",
     "nonfinite",
+    "calibration",
+    "permutations",
 )
 SYNONYMS = {"random_seed": "seed"}
 UNSUPPORTED = {
@@ -38,6 +41,7 @@ UNSUPPORTED = {
     "chat_template": "remove it; the output keeps the template of the model its tokenizer comes from",
 }
 UNREAD_LAYOUTS = {"modules"}
+NEEDED = {"calibration": "add `calibration: {text: [FILE]}`", "permutations": "add `permutations: auto`"}
 MAX_SEED = 2**63
 PLUGIN_FAILURES = (ImportError, AttributeError, NameError, SyntaxError, TypeError, ValueError)
 """What importing another distribution's broken method may raise."""
@@ -62,7 +66,12 @@ class _Walk:
         self.merge_fields = parameter_fields(self.method.Merge) if self.method else {}
         self.model_fields = parameter_fields(self.method.PerModel) if self.method else {}
         self.reader = EntryReader(
-            problems, self.merge_fields, self.model_fields, self._misplaced, self.method is not None
+            problems,
+            self.merge_fields,
+            self.model_fields,
+            self._misplaced,
+            self.method is not None,
+            self.method is None or "names" in self.method.settings,
         )
 
     def run(self) -> Recipe:
@@ -76,7 +85,10 @@ class _Walk:
             "nonfinite": self._choice("nonfinite", NONFINITE) or "error",
             "seed": self._seed(),
             "tokenizer_source": self._tokenizer_source(listed, base),
+            "calibration": self._calibration(),
+            "permutations": self._permutations(),
         }
+        self._distinct(models)
         if self.method is not None and not UNREAD_LAYOUTS & set(self.root.entries):
             whole = WholeCheck(self.problems, self.method, self.entries)
             if slices or "slices" in self.entries:
@@ -146,6 +158,41 @@ class _Walk:
         self.problems.add(node.mark, key, f"unknown value {shown(node.value)}", nearest(str(node.value), known))
         return None
 
+    def _used(self, key: str) -> Entry | None:
+        """The entry of a key that only some methods use; noted as a problem where this one does not."""
+        entry = self.entries.get(key)
+        if entry is None or (isinstance(entry.value, Scalar) and entry.value.value is None):
+            if self.method is not None and key in self.method.required_settings:
+                mark = self.entries["merge_method"].value.mark
+                self.problems.add(mark, key, f"is missing, and {self.method.name} needs it", NEEDED[key])
+            return None
+        if self.method is not None and key not in self.method.settings:
+            self.problems.add(entry.key_mark, key, f"is not used by {self.method.name}", "remove it")
+            return None
+        return entry
+
+    def _calibration(self) -> Calibration | None:
+        entry = self._used("calibration")
+        return read_calibration(entry, self.problems) if entry else None
+
+    def _permutations(self) -> str | None:
+        entry = self._used("permutations")
+        if entry is None:
+            return None
+        if isinstance(entry.value, Scalar) and isinstance(entry.value.value, str):
+            return entry.value.value
+        fix = "write `auto`, the name of a family, or a file"
+        self.problems.add(entry.value.mark, "permutations", "must be one line of text", fix)
+        return None
+
+    def _distinct(self, models: list[ListedModel]) -> None:
+        """Two models of one name could not be told apart later."""
+        seen: dict[str, ListedModel] = {}
+        for model in models:
+            if model.name is not None and seen.setdefault(model.name, model) is not model:
+                what = f"{model.name!r} is the name of {seen[model.name].path} too"
+                self.problems.add(model.mark, f"{model.path}.name", what, "give each model its own name")
+
     def _seed(self) -> int:
         node = self._scalar("seed")
         if node is None:
@@ -155,7 +202,7 @@ class _Walk:
         self.problems.add(node.mark, "seed", f"{shown(node.value)} is not a seed", "write a whole number from 0")
         return 0
 
-    def _method(self) -> Method | None:
+    def _method(self) -> Declared | None:
         entry = self.entries.get("merge_method")
         known = self._method_hint
         if entry is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import RecipeError
-from mergekit_lr.method import Base, Method
+from mergekit_lr.method import Base, Declared
 from mergekit_lr.recipe.entries import ListedModel, ListedSlice
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.groups import ModelEntry, entry_of, ordered_inputs
@@ -21,7 +21,7 @@ class WholeCheck:
     """Checks the parts of a recipe against each other and against what the method wants."""
 
     problems: Problems
-    method: Method
+    method: Declared
     entries: Mapping[str, Entry]
 
     def models(self, models: list[ListedModel], base: ModelReference | None, shared: set[str]) -> None:

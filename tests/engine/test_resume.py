@@ -13,66 +13,13 @@ import pytest
 from mergekit_lr import merge
 from mergekit_lr.errors import UsageError
 
-# Forks from a process that has imported torch but started none of its threads: a kill costs milliseconds.
-DRIVER = """
-import hashlib, json, os, sys
-import torch
-from pathlib import Path
+from ..killing import killed_everywhere
+
+ACTION = """
 from mergekit_lr import merge
-from mergekit_lr.checkpoint import fs
 
-recipe, work, overwrite = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "overwrite"
-torch.set_num_threads(1)
-
-def in_child(stop_at, out):
-    pid = os.fork()
-    if pid == 0:
-        count = 0
-        def hook(operation, path):
-            nonlocal count
-            count += 1
-            if count == stop_at:
-                os._exit(9)
-        fs.set_hook(hook)
-        try:
-            merge(recipe, out, device="cpu", threads=1, shard_size=25_000, overwrite=overwrite)
-        except BaseException as e:
-            print(type(e).__name__, e, file=sys.stderr)
-            os._exit(1)
-        (work / "count").write_text(str(count))
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-def digest(out):
-    h = hashlib.sha256()
-    for path in sorted(out.iterdir()):
-        if path.name != "merge_report.json":
-            h.update(path.name.encode() + path.read_bytes())
-    tensors = json.loads((out / "merge_report.json").read_text())["tensors"]
-    return h.hexdigest() + json.dumps(tensors)
-
-def old(out):
-    out.mkdir()
-    (out / "config.json").write_text("old")
-
-reference = work / "reference"
-if overwrite:
-    old(reference)
-assert in_child(0, reference) == 0
-operations = int((work / "count").read_text())
-wanted = digest(reference)
-for k in range(1, operations + 1):
-    out = work / f"out{k}"
-    if overwrite:
-        old(out)
-    assert in_child(k, out) == 9, k
-    # Either nothing (or the old model) is there, or the complete new one.
-    if out.exists() and not (overwrite and (out / "config.json").read_text() == "old"):
-        assert digest(out) == wanted, k
-    assert in_child(0, out) == 0, k
-    assert digest(out) == wanted, k
-    assert not out.with_name(out.name + ".partial").exists(), k
-print(operations)
+def act(out):
+    merge({recipe!r}, out, device="cpu", threads=1, shard_size=25_000, overwrite={overwrite})
 """
 
 
@@ -82,16 +29,9 @@ def test_killed_at_every_operation_and_resumed(make, random_tensors, tmp_path, o
     models = [make(f"m{i}", random_tensors(i, shapes=shapes)) for i in range(3)]
     entries = [{"model": str(m), "parameters": {"weight": 0.5, "density": 0.4}} for m in models[1:]]
     recipe = {"merge_method": "ties", "base_model": str(models[0]), "models": entries}
-    work = tmp_path / "work"
-    work.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(recipe), str(work), overwrite],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 25
+    again = overwrite == "overwrite"
+    action = ACTION.format(recipe=recipe, overwrite=again)
+    assert killed_everywhere(action, tmp_path / "work", overwrite=again) > 25
 
 
 @pytest.fixture

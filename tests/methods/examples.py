@@ -65,7 +65,7 @@ UNANIMOUS: dict[str, Example] = {
     "ties": ({}, WEIGHTS),
 }
 
-METHODS = builtin_methods()
+METHODS = {name: method for name, method in builtin_methods().items() if isinstance(method, Method)}
 CASES = [(name, i) for name, found in EXAMPLES.items() for i in range(len(found))]
 
 
