@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergekit_lr.arch.moe import MoeLayer, Stored
+from mergekit_lr.arch.moe import Stored
 from mergekit_lr.arch.moe_families import Order, Slot
 from mergekit_lr.experts.quantised import decode_fp8, decode_mxfp4
 from mergekit_lr.lazy import torch
@@ -73,10 +73,10 @@ def weighted_mean(experts: Sequence[Expert], weights: Sequence[float]) -> Expert
     )
 
 
-def expert_from(layer: MoeLayer, parts: Sequence[Tensor]) -> Expert:
-    """The expert that is stored as ``parts``, one for each of ``layer.stored`` and of its shape; at least fp32."""
+def expert_from(stored_in: Sequence[Stored], parts: Sequence[Tensor]) -> Expert:
+    """The expert that is stored as ``parts``, one for each of a layer's ``stored`` and of its shape; at least fp32."""
     found: dict[str, Tensor] = {}
-    by_name = {(s.slot.name, s.suffix): (s, p.reshape(s.shape)) for s, p in zip(layer.stored, parts, strict=True)}
+    by_name = {(s.slot.name, s.suffix): (s, p.reshape(s.shape)) for s, p in zip(stored_in, parts, strict=True)}
     for (name, suffix), (stored, part) in by_name.items():
         if suffix not in ("", "_blocks"):
             continue
@@ -106,11 +106,6 @@ def _split(slot: Slot, stacked: Tensor) -> dict[str, Tensor]:
         return {m: stacked[i::n] for i, m in enumerate(slot.holds)}
     size = stacked.shape[0] // n
     return {m: stacked[i * size : (i + 1) * size] for i, m in enumerate(slot.holds)}
-
-
-def parts_from(layer: MoeLayer, expert: Expert) -> list[Tensor]:
-    """The expert as the layer's family stores it in plain floating point, one tensor for each unquantised slot."""
-    return [stored_as(slot, expert) for slot in layer.family.slots]
 
 
 def stored_as(slot: Slot, expert: Expert) -> Tensor:

@@ -17,7 +17,7 @@ from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint, open_folder
 from mergekit_lr.checkpoint.writer import write_safetensors
 from mergekit_lr.errors import CheckpointError
-from mergekit_lr.experts.storage import Expert, expert_from, parts_from
+from mergekit_lr.experts.storage import Expert, expert_from, stored_as
 
 from .moe_models import FAMILIES, HIDDEN, WIDTH, tiny
 
@@ -29,7 +29,7 @@ def saved(family: str, folder: Path, **overrides: Any) -> tuple[Any, Checkpoint]
 
 
 def read_expert(checkpoint: Checkpoint, layer: MoeLayer, e: int) -> Expert:
-    return expert_from(layer, [checkpoint.read(s.tensor, s.start, s.stop) for s in layer.slabs(e)])
+    return expert_from(layer.stored, [checkpoint.read(s.tensor, s.start, s.stop) for s in layer.slabs(e)])
 
 
 def in_memory(model: Any, layer: MoeLayer) -> Any:
@@ -66,8 +66,9 @@ def test_matrices_are_those_that_the_model_computes_with(family: str, tmp_path: 
             hidden = torch.nn.functional.silu(gate) * up
         got = hidden @ own.down.T + (own.down_bias if own.down_bias is not None else 0)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        for part, slab in zip(parts_from(layer, own), layer.slabs(e), strict=True):  # and back, to the bit
-            assert torch.equal(part.reshape(-1), checkpoint.read(slab.tensor, slab.start, slab.stop))
+        for slot, slab in zip(layer.family.slots, layer.slabs(e), strict=True):  # and back, to the bit
+            part = stored_as(slot, own).reshape(-1)
+            assert torch.equal(part, checkpoint.read(slab.tensor, slab.start, slab.stop))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
