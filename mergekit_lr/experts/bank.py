@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mergekit_lr.experts.storage import Expert
 from mergekit_lr.lazy import torch
 
 if TYPE_CHECKING:
@@ -36,6 +37,17 @@ class ExpertBank:
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
+    @classmethod
+    def of(cls, experts: Sequence[Expert], activation: Activation = swiglu) -> ExpertBank:
+        """From experts one by one."""
+        found = {n: [getattr(e, n) for e in experts] for n in _TENSORS}
+        stacked = {n: None if t[0] is None else torch.stack(t) for n, t in found.items()}
+        return cls(**stacked, activation=activation)
+
+    def expert(self, index: int) -> Expert:
+        """One expert by itself."""
+        return Expert(**{n: None if (t := getattr(self, n)) is None else t[index] for n in _TENSORS})
+
     @property
     def experts(self) -> int:
         return int(self.gate.shape[0])
@@ -64,7 +76,7 @@ class ExpertBank:
 
     def keep_experts(self, kept: list[int]) -> ExpertBank:
         """The bank of some experts only, in the order given."""
-        index = torch.tensor(kept)
+        index = torch.tensor(kept, dtype=torch.int64)
         changed = {n: None if (t := getattr(self, n)) is None else t[index] for n in _TENSORS}
         return replace(self, **changed)
 
@@ -111,9 +123,9 @@ class Routing:
 
 def layer_output(bank: ExpertBank, inputs: Tensor, routing: Routing) -> Tensor:
     """``T_t = sum_i g_i(t) E_i(x_t)``, the gate-weighted sum over each token's experts, ``[tokens, H]``."""
-    total = torch.zeros(len(inputs), bank.model_width, dtype=inputs.dtype)
+    total = torch.zeros(len(inputs), bank.model_width, dtype=inputs.dtype, device=inputs.device)
     for expert in range(bank.experts):
         tokens, gates = routing.of(expert)
         if len(tokens):
-            total[tokens] += gates[:, None] * bank.output(expert, inputs[tokens])
+            total = total.index_add(0, tokens, gates[:, None] * bank.output(expert, inputs[tokens]))
     return total
