@@ -6,6 +6,7 @@ Merging works on matrices in fp32 (fp64 where the inputs are); `Expert` says wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergekit_lr.experts.storage import MATRICES, Expert, weighted_mean
@@ -65,7 +66,12 @@ def union_merge(
         if grams is None:
             joint = joint_left_subspace(matrices, r, name=where)
         else:
-            joint = joint_whitened_subspace(matrices, [g[m] for g in grams], r, name=where)
+            seen = [i for i, g in enumerate(grams) if bool(g[m].any())]  # an expert without tokens says nothing
+            if not seen:
+                joint = joint_left_subspace(matrices, r, name=where)
+            else:
+                joint = joint_whitened_subspace([matrices[i] for i in seen], [grams[i][m] for i in seen], r, name=where)
+                joint = replace(joint, widths=tuple(w.shape[1] for w in matrices))
         found[m] = project_combine(joint, matrices, f)
     return Expert(**found, gate_bias=mean.gate_bias, up_bias=mean.up_bias, down_bias=mean.down_bias)
 
@@ -110,7 +116,8 @@ def least_squares_down(hidden_gram: Tensor, cross: Tensor, ridge: float, towards
     a = a + lam * torch.eye(len(a), dtype=torch.float64)
     if towards is not None:
         b = b + lam * towards.double()
-    return torch.linalg.solve(a, b.T).T
+    solved: Tensor = torch.linalg.solve(a, b.T)
+    return solved.T
 
 
 if TYPE_CHECKING:

@@ -134,9 +134,7 @@ def _merge(call: MatrixMerge, key: str, desk: Desk) -> None:
             done[i] += part.numel()
 
 
-def _merged(
-    call: MatrixMerge, recipe: Recipe, name: str, desk: Desk, grams: list[dict[str, Tensor]] | None
-) -> Expert:
+def _merged(call: MatrixMerge, recipe: Recipe, name: str, desk: Desk, grams: list[dict[str, Tensor]] | None) -> Expert:
     fitted = {f.name: desk.read(f.input) for f in recipe.fitted}
     if {"gate", "up", "down"} <= fitted.keys():
         return Expert(**fitted)
