@@ -18,7 +18,7 @@ from mergekit_lr.calibration.network import Network
 from mergekit_lr.calibration.probe import Routing as Seen
 from mergekit_lr.calibration.probe import Watcher
 from mergekit_lr.calibration.states import DiskStates, MemoryStates, States
-from mergekit_lr.calibration.stream import Stream, exhaust
+from mergekit_lr.calibration.stream import Stream, exhaust, one_thread
 from mergekit_lr.calibration.text import Batch, Windows
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.model import Checkpoint
@@ -115,8 +115,9 @@ class Reduction:
                         layer = self.layers[index]
                         route = Rerouter(block, self._router(), layer.experts)
                         if files.said(layer) is None:
-                            problem = self._problem(layer, block, seen, route)
-                            files.save(layer, with_error(fit(problem), problem))
+                            with torch.no_grad(), one_thread():
+                                problem = self._problem(layer, block, seen, route)
+                                files.save(layer, with_error(fit(problem), problem))
                             del problem
                         reduced = files.load(layer, activation_of(block.experts))
                         assert reduced is not None  # just written, cast to the output's dtype
