@@ -118,7 +118,7 @@ class Worker:
         if operation.base is not None:
             wanted.append(operation.base)
         wide = self._widen([read.values[s] for s in wanted], read, span)
-        tensors = list(wide[: len(operation.inputs)])
+        tensors = list(wide[: len(operation.inputs)].unbind())
         base = wide[-1] if operation.base is not None else None
         for x, value in zip(tensors, operation.inputs, strict=True):
             if isinstance(value, Delta):
@@ -137,7 +137,7 @@ class Worker:
             shape = (len(values), max(span.numel, self.job.piece))
             room = self._wide = torch.empty(shape, dtype=torch.float32)
         wide = room[: len(values), : span.numel]
-        for row, value in zip(wide, values, strict=True):
+        for row, value in zip(wide.unbind(), values, strict=True):
             row.copy_(value[a:b])
         return wide
 
