@@ -20,6 +20,7 @@ from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.output import inputs_counted
 from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
+from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
 from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, Result, Sink
@@ -158,8 +159,9 @@ def planned(
 ) -> Iterator[Plan]:
     """Open the inputs, check them against each other, and lay everything out.
 
-    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. ``prepare`` is called
-    for a method that must find something out first, and returns the folder in which it kept that.
+    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. Without it, heads that
+    a tied reference has no place for are compared with their model's embeddings. ``prepare`` is called for a method
+    that must find something out first, and returns the folder in which it kept that.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -178,6 +180,8 @@ def planned(
             plan = _lay_out(loaded, inputs, settings, prepared)
             for name in plan.inputs.keys() - inputs.keys():
                 stack.callback(plan.inputs[name].close)
+        if not headers_only:
+            refuse_untied_heads(plan.graph, plan.inputs)
         yield plan
 
 
