@@ -57,7 +57,7 @@ class Outline:
     name; they may be used in ``models``. ``sinks``, ``tasks``, ``dropped``: as in `MergeGraph`. ``config``: the whole
     config.json of the output, None for the first model's. ``files``: small files to write beside the tensors.
     ``kind``: a ``bundle`` keeps config and tokenizer under ``shared/`` and no model at its root. ``details``: plain
-    data for ``merge_report.json``.
+    data for ``merge_report.json``. ``card``: Markdown at the end of the model card.
     """
 
     models: tuple[str, ...]
@@ -69,6 +69,7 @@ class Outline:
     extra: Mapping[str, Checkpoint] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    card: str = ""
 
 
 class Desk(Protocol):
