@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mergekit_lr.bundle.open import open_bundle as open_bundle
+    from mergekit_lr.bundle.recover import recover as recover
     from mergekit_lr.engine.api import plan as plan
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
@@ -29,11 +30,24 @@ _HOMES = {
     "load_recipe": "mergekit_lr.recipe",
     "schema": "mergekit_lr.recipe.json_schema",
     "open_bundle": "mergekit_lr.bundle.open",
+    "recover": "mergekit_lr.bundle.recover",
     "inspect": "mergekit_lr.report.inspect",
     "verify": "mergekit_lr.report.verify",
     "evaluate": "mergekit_lr.evaluation",
 }
-__all__ = ["MergeResult", "check", "evaluate", "inspect", "load_recipe", "merge", "open_bundle", "plan", "schema", "verify"]
+__all__ = [
+    "MergeResult",
+    "check",
+    "evaluate",
+    "inspect",
+    "load_recipe",
+    "merge",
+    "open_bundle",
+    "plan",
+    "recover",
+    "schema",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,7 +79,7 @@ def test_a_module_that_does_not_fit_is_left_alone(bundle_folder: Path) -> None:
             bundle.load_into(module, "python")
         assert all(same_bits(t, before[n]) for n, t in module.state_dict().items())
 
-    check(Holder(torch.float16), "torch.float16 in the module: that rounds")
+    check(Holder(torch.float16), "torch.float16 in the module, which rounds it")
     smaller = Holder()
     smaller.model.norm.weight = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))  # type: ignore[union-attr]
     check(smaller, r"'model.norm.weight' is \[5\] in the bundle and \[4\] in the module")
