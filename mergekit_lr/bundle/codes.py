@@ -1,7 +1,8 @@
 """How a task's tensor comes from stored ones: one `Code` for each way, found by the name that bundle.json gives.
 
-A code sees no files. It gets a `Desk`: inputs to read by number, one output to write, and how many elements it may
-hold of each at a time. The engine gives it one that reads and writes shards, `open_bundle` one that works in memory.
+A code sees no files. It gets a `mergekit_lr.rewrite.Desk`: the tensor's parts to read by number, one output (0) to
+write, and how many elements it may hold of each at a time. The engine gives it one that reads and writes shards,
+`open_bundle` one that works in memory.
 """
 
 from __future__ import annotations
@@ -9,33 +10,12 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar
 
 from mergekit_lr.bundle.manifest import Recovered
+from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class Desk(Protocol):
-    """Where a code works. Inputs are the recovered tensor's parts, in order."""
-
-    @property
-    def step(self) -> int:
-        """Elements of each input and of the output that may be held at once; a multiple of 65,536."""
-        ...
-
-    def read(self, i: int, start: int | None = None, stop: int | None = None, *, stored: bool = False) -> Tensor:
-        """Input ``i``: elements ``start .. stop``, flat, or all of it in its shape. fp32 unless ``stored`` is wanted.
-
-        The next read of the same input may reuse the memory; do not change it.
-        """
-        ...
-
-    def write(self, j: int, tensor: Tensor, start: int = 0) -> None:
-        """Elements of output ``j`` (a code has only 0) from ``start`` on, cast to its dtype. In ascending order."""
-        ...
+from mergekit_lr.rewrite import Desk
 
 
 class Code(ABC):
@@ -51,8 +31,8 @@ class Code(ABC):
         ``start`` is a multiple of 65,536.
         """
 
-    def peak(self, wanted: Recovered) -> int:
-        """Bytes held beyond pieces of ``desk.step`` elements: for what must be whole."""
+    def fixed(self, wanted: Recovered) -> int:
+        """Bytes held beside 4 fp32 pieces of ``desk.step`` elements: for what must be whole."""
         return 20 * wanted.numel if self.whole else 0
 
 
@@ -63,7 +43,7 @@ class Copy(Code):
 
     def decode(self, wanted: Recovered, desk: Desk, start: int = 0, stop: int | None = None) -> None:
         for a, b in steps(desk, start, wanted.numel if stop is None else stop):
-            desk.write(0, desk.read(0, a, b, stored=True), a)
+            desk.write(0, desk.read(0, a, b, dtype=torch_dtype(wanted.dtype)), a)
 
 
 def steps(desk: Desk, start: int, stop: int) -> list[tuple[int, int]]:

@@ -5,15 +5,17 @@ The format is described in docs/formats.md. Nothing here opens a shard or import
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.checkpoint.header import unique_keys
+from mergekit_lr.checkpoint.layout import Shard
 from mergekit_lr.errors import CheckpointError
 
 FILE = "bundle.json"
@@ -119,6 +121,13 @@ class Manifest:
     files: tuple[Mapping[str, Any], ...] = ()
     digest_algorithm: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
+
+    def complete(self, shards: Sequence[Shard], digests: Mapping[str, str], algorithm: str) -> Manifest:
+        """With what is known when everything is stored. ``shards`` as they were laid out."""
+        files = tuple(
+            {"file": s.file, "bytes": s.size, "header_sha256": hashlib.sha256(s.header[8:]).hexdigest()} for s in shards
+        )
+        return replace(self, files=files, digests=digests, digest_algorithm=algorithm)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, in the order in which the file has it."""

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mergekit_lr import host
-from mergekit_lr.bundle.codes import Code, Desk, steps
+from mergekit_lr.bundle.codes import Code, steps
 from mergekit_lr.bundle.manifest import Recovered
+from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.lazy import torch
+from mergekit_lr.method import GRID
+from mergekit_lr.rewrite import Desk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +62,9 @@ def spread(packed: Tensor, elements: int, dtype: torch.dtype, factor: float = 1.
     return torch.nn.functional.embedding(packed.int(), table).reshape(-1)[:elements]
 
 
-def masked_sum(base: Tensor, vector: Tensor, packed: Tensor, factor: float = 1.0) -> Tensor:
+def masked_sum(
+    base: Tensor, vector: Tensor, packed: Tensor, factor: float = 1.0, *, out: Tensor | None = None
+) -> Tensor:
     r"""``base + factor * m * vector`` for a packed mask m, in the dtype of ``base`` and ``vector`` (equal).
 
     Computed in fp32 and rounded once. ``factor`` must be a bf16 number: then for 16-bit tensors the product is
@@ -69,11 +74,12 @@ def masked_sum(base: Tensor, vector: Tensor, packed: Tensor, factor: float = 1.0
     chosen = spread(packed, base.numel(), base.dtype if half else torch.float32, factor if half else 1.0)
     if base.dtype == torch.bfloat16:
         # One operation that widens to fp32 inside: three passes over the piece less than the literal form.
-        return torch.addcmul(base, vector, chosen)
+        return torch.addcmul(base, vector, chosen, out=out)
     moved = vector.to(torch.float32) * chosen.to(torch.float32)
     if not half and factor != 1.0:
         moved.mul_(factor)
-    return moved.add_(base.to(torch.float32)).to(base.dtype)
+    moved.add_(base.to(torch.float32))
+    return moved.to(base.dtype) if out is None else out.copy_(moved)
 
 
 class Masked(Code):
@@ -89,8 +95,20 @@ class Masked(Code):
     def decode(self, wanted: Recovered, desk: Desk, start: int = 0, stop: int | None = None) -> None:
         factor = 1.0
         if len(wanted.parts) > 3:
-            factor = float(desk.read(3, stored=True).reshape(-1, 2)[wanted.call["row"], 1])
+            factor = float(desk.read(3)[wanted.call["row"], 1])
+        dtype = torch_dtype(wanted.dtype)
         for a, b in steps(desk, start, wanted.numel if stop is None else stop):
-            base, vector = (desk.read(i, a, b, stored=True) for i in (0, 1))
-            packed = desk.read(2, a // 8, packed_bytes(b), stored=True)
-            desk.write(0, masked_sum(base, vector, packed, factor), a)
+            base, vector = (desk.read(i, a, b, dtype=dtype) for i in (0, 1))
+            packed = desk.read(2, a // 8, packed_bytes(b), dtype=torch.uint8)
+            desk.write(0, _by_pieces(base, vector, packed, factor), a)
+
+
+def _by_pieces(base: Tensor, vector: Tensor, packed: Tensor, factor: float) -> Tensor:
+    """`masked_sum`, on a CPU a piece at a time, so that what is in between stays in the core's cache."""
+    if base.device.type != "cpu":
+        return masked_sum(base, vector, packed, factor)
+    out = torch.empty_like(base)
+    for s in range(0, base.numel(), GRID):
+        e = s + GRID
+        masked_sum(base[s:e], vector[s:e], packed[s // 8 : e // 8], factor, out=out[s:e])
+    return out

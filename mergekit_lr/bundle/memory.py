@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_lr.checkpoint.dtypes import dtype_code, torch_dtype
 from mergekit_lr.checkpoint.header import TensorInfo
@@ -71,21 +71,30 @@ class HeldPart:
 
 
 class MemoryDesk:
-    """See `mergekit_lr.bundle.codes.Desk`. ``out`` is written; its dtype is the output's or a wider one."""
+    """See `mergekit_lr.rewrite.Desk`. ``out`` is written; its dtype is the output's or a wider one."""
 
     def __init__(self, parts: Sequence[Part], out: Tensor, dtype: str, step: int = STEP) -> None:
         self.parts, self.out, self.dtype, self.step = parts, out, torch_dtype(dtype), step
+        self.device = str(out.device)
         self._flat = out.view(-1)
 
-    def read(self, i: int, start: int | None = None, stop: int | None = None, *, stored: bool = False) -> Tensor:
-        part = self.parts[i]
+    def shape(self, index: int) -> tuple[int, ...]:
+        return self.parts[index].shape
+
+    def read(
+        self, index: int, start: int | None = None, stop: int | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        part = self.parts[index]
         a, b = start or 0, math.prod(part.shape) if stop is None else stop
         found = part.take(a, b).to(self.out.device)
         if start is None and stop is None:
             found = found.view(part.shape)
-        return found if stored else found.to(torch.float32)
+        return found.to(torch.float32 if dtype is None else dtype)
 
-    def write(self, j: int, tensor: Tensor, start: int = 0) -> None:
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Nobody reads them here."""
+
+    def write(self, index: int, tensor: Tensor, start: int = 0) -> None:
         """``tensor`` is rounded to the bundle's dtype first, so that a wider ``out`` holds what a file would."""
         flat = tensor.reshape(-1)
         self._flat[start : start + flat.numel()].copy_(flat.to(self.dtype))

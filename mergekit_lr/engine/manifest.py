@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+from mergekit_lr.bundle.manifest import FILE as BUNDLE
 from mergekit_lr.engine.digest import ALGORITHM, combine
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.output import add_counts
@@ -92,6 +93,9 @@ def small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
     method = plan.recipe.method
     if isinstance(method, Rewrite):
         files |= method.files(plan.recipe, report)
+    if plan.outline is not None and plan.outline.bundle is not None:
+        digests = {t["name"]: t["digest"] for t in report["tensors"]}
+        files[BUNDLE] = plan.outline.bundle.complete(plan.layout.shards, digests, ALGORITHM).to_bytes()
     files["merge_report.json"] = (json.dumps(report, indent=1) + "\n").encode()
     return files
 
