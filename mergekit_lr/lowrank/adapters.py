@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_lr.checkpoint.lora import AdaptedCheckpoint
-from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.model import Checkpoint, read_json
 from mergekit_lr.errors import CheckpointError, join_problems
 from mergekit_lr.lazy import torch
 
@@ -25,8 +25,8 @@ class Module:
     """One adapted weight.
 
     ``weight``: its name in the base. ``path``: the module's name in the adapter. ``a``, ``b``: the adapter's tensors,
-    ``[r, in]`` and ``[out, r]``; the weight changes by ``scale B A``, or by its transpose where ``transposed`` (the base
-    stores ``[in, out]``: embeddings, Conv1D). ``magnitude``: DoRA's vector, or None.
+    ``[r, in]`` and ``[out, r]``; the weight changes by ``scale B A``, or by its transpose where ``transposed`` (the
+    base stores ``[in, out]``: embeddings, Conv1D). ``magnitude``: DoRA's vector, or None.
     """
 
     weight: str
@@ -45,8 +45,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Changes:
-    """All that an adapter changes: ``modules`` by base weight; ``saved``: base tensor -> the adapter's whole copy of it;
-    ``biases``: base bias -> (the adapter's vector added to it, its scale)."""
+    """All that an adapter changes.
+
+    ``modules``: by base weight. ``saved``: base tensor -> the adapter's whole copy of it. ``biases``: base bias -> (the
+    adapter's vector added to it, its scale).
+    """
 
     modules: dict[str, Module]
     saved: dict[str, str]
@@ -121,33 +124,49 @@ def read_pair(checkpoint: AdaptedCheckpoint, module: Module) -> Pair:
     return b, a
 
 
-def check_same_base(checkpoints: Sequence[Checkpoint], base: Checkpoint | None = None) -> list[str]:
-    """Adapters of one merge must sit on one base: same files by name, size and header, unless the references say so.
+def check_bases(checkpoints: Sequence[Checkpoint], base: Checkpoint, *, different: bool = False) -> list[str]:
+    """Task models must come from one base: the adapters' own folders may not name different revisions of it.
 
-    Returns the warnings about adapters whose configuration names another base than the one they are put on.
+    Adapters sit on whatever base the recipe puts them on, so it is their configurations that tell. Returns warnings
+    where names differ (a path here and a Hub id there may be one model).
+
+    Args:
+        different: accept different revisions, with a warning.
 
     Raises:
-        CheckpointError: a model is no adapter on a base, or two sit on different bases.
+        CheckpointError: an adapter is put on another base than ``base``, or two were trained on different revisions.
     """
     problems: list[str] = []
-    warnings: list[str] = []
-    reference = base.identity() if base is not None else None
+    named: dict[tuple[str | None, str | None], str] = {}
     for checkpoint in checkpoints:
         if not isinstance(checkpoint, AdaptedCheckpoint):
-            problems.append(f"{checkpoint.reference}: no adapter; write it as BASE_MODEL+ADAPTER")
             continue
-        own = _content(checkpoint.base)
-        if reference is None:
-            reference = checkpoint.base.identity()
-        if own != [entry[1:2] + entry[3:] for entry in reference]:
+        if _content(checkpoint.base) != _content(base):
             problems.append(
-                f"{checkpoint.reference}: its base is not the others' (other files or headers); "
-                "put all adapters on the base that they were trained on"
+                f"{checkpoint.reference}: its base is not {base.reference} (other files, sizes or headers); "
+                "put every adapter on the base that it was trained on"
             )
+        raw = read_json(checkpoint.adapter_folder / "adapter_config.json")
+        name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
+        named.setdefault((_text(name), _text(revision)), checkpoint.reference)
     if problems:
         raise join_problems(CheckpointError, problems)
-    return warnings
+    if len(named) < 2:
+        return []
+    told = "; ".join(f"{where} on {n or '?'}{f'@{r}' if r else ''}" for (n, r), where in named.items())
+    if len({r for _, r in named}) > 1 and not different:
+        raise CheckpointError(
+            "the adapters were trained on different revisions of the base",
+            why=told,
+            fix="retrain one, or set different_bases: true where you know that the weights are the same",
+        )
+    return [f"the adapters' configurations name different bases: {told}"]
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _content(checkpoint: Checkpoint) -> list[list[object]]:
-    return [entry[1:2] + entry[3:] for entry in checkpoint.identity()]
+    """Names, sizes and header digests of a model's files."""
+    return [[file, size, header] for file, size, _, header in checkpoint.identity()]

@@ -57,7 +57,7 @@ def knots(pairs: Sequence[Pair], scales: Sequence[float], rule: Rule) -> Pair:
     """
     joint = concatenation_svd([(b.double(), a.double()) for b, a in pairs], scales)
     keep = max(1, int((joint.s > KNOTS_CUT * joint.s[0]).sum()))
-    parts = (joint.s[:keep, None] * joint.vh[:keep]).split([a.shape[1] for _, a in pairs], dim=1)
+    parts = torch.split(joint.s[:keep, None] * joint.vh[:keep], [a.shape[1] for _, a in pairs], dim=1)
     return joint.u[:, :keep].contiguous(), rule([p.float().contiguous() for p in parts]).double()
 
 
