@@ -86,10 +86,14 @@ def assemble(work: Extraction, space: Workspace, parts: Mapping[str, Path], *, o
             a, b = factor_names(_path(name), embedding=is_embedding(name))
             sources[a], sources[b] = (part, "a"), (part, "b")
         sources |= {stored: (work.model, name) for name, stored in saved.items()}
-        entries = [Entry(n, *_described(c, t)) for n, (c, t) in sorted(sources.items())]
+        twins = _head_too(work, sources)
+        sources |= twins
+        turned = {n for n in twins if ".lora_" in n}
+        entries = [Entry(n, *_described(c, t, n in turned)) for n, (c, t) in sorted(sources.items())]
         with FileWriter(space.model / WEIGHTS, entries) as writer:
             for name, (checkpoint, tensor) in sorted(sources.items()):
-                writer.write(name, read_whole(checkpoint, tensor))
+                value = read_whole(checkpoint, tensor)
+                writer.write(name, value.T if name in turned else value)
     finally:
         for checkpoint in opened.values():
             checkpoint.close()
@@ -100,10 +104,26 @@ def assemble(work: Extraction, space: Workspace, parts: Mapping[str, Path], *, o
     return report
 
 
-def _described(checkpoint: Checkpoint, name: str) -> tuple[str, tuple[int, ...]]:
+def _head_too(work: Extraction, sources: Mapping[str, tuple[Checkpoint, str]]) -> dict[str, tuple[Checkpoint, str]]:
+    """The tied head's copy of the embedding's tensors, which PEFT wants beside them.
+
+    A head's A is the embedding's B^T, so of a pair the names change places and each is transposed.
+    """
+    embedding = tied_embedding(work.base)
+    if embedding is None:
+        return {}
+    head = "embed_out" if (work.base.config or {}).get("model_type") == "gpt_neox" else "lm_head"
+    path = _path(embedding)
+    (a, b), whole = factor_names(path, embedding=True), f"{PREFIX}{path}.weight"
+    head_a, head_b = factor_names(head, embedding=False)
+    twins = {whole: f"{PREFIX}{head}.weight", b: head_a, a: head_b}
+    return {twins[n]: place for n, place in sources.items() if n in twins and twins[n] not in sources}
+
+
+def _described(checkpoint: Checkpoint, name: str, turned: bool) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape as the tensor reads: an adapted one reads as fp32."""
-    info = checkpoint.tensors[name]
-    return dtype_code(checkpoint.read(name, 0, 0).dtype), info.shape
+    shape = checkpoint.tensors[name].shape
+    return dtype_code(checkpoint.read(name, 0, 0).dtype), shape[::-1] if turned else shape
 
 
 def _bytes(entry: Entry) -> int:

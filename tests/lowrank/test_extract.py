@@ -92,9 +92,10 @@ def test_energy_decides_ranks_and_rank_is_the_most(two, tmp_path) -> None:
     assert capped["modules"]["model.layers.0.q_proj"]["rank"] == 2
 
 
-def test_ranks_that_differ_are_patterns(two, tmp_path) -> None:
-    model, base, _, _ = two
-    extract_lora(model, base, tmp_path / "out", energy=0.7, embeddings="lora")
+def test_ranks_that_differ_are_patterns(two, make, tmp_path) -> None:
+    _, base, tuned, old = two
+    line = old[Q] + torch.outer(tuned[NORM].repeat(2)[:16], tuned[NORM])
+    extract_lora(make("line", {**tuned, Q: line}), base, tmp_path / "out", energy=0.9, embeddings="lora")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     ranks = {n: t.shape[0] for n, t in tensors.items() if "lora_A" in n or "embedding_A" in n}
@@ -204,7 +205,7 @@ def test_bad_input(two, make, tmp_path) -> None:
         extract_lora(model, base, out, rank=1, dtype="int8")
     with pytest.raises(CheckpointError, match="does not differ"):
         extract_lora(base, make("same", old), out, rank=1)
-    with pytest.raises(CheckpointError, match="'extra' is in .*tuned2 and not in"):
+    with pytest.raises(CheckpointError, match=r"'extra' is in .*tuned2 and not in"):
         extract_lora(make("tuned2", {**tuned, "extra": torch.ones(2)}), base, tmp_path / "o2", rank=1)
     with pytest.raises(CheckpointError, match=r"is \[4, 12\] and in the base \[16, 12\]"):
         extract_lora(make("tuned3", {**tuned, Q: tuned[Q][:4]}), base, tmp_path / "o3", rank=1)
