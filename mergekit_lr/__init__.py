@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mergekit_lr.bundle.open import open_bundle as open_bundle
+    from mergekit_lr.bundle.recover import recover as recover
     from mergekit_lr.engine.api import plan as plan
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
@@ -28,6 +30,8 @@ _HOMES = {
     "check": "mergekit_lr.recipe.load",
     "load_recipe": "mergekit_lr.recipe",
     "schema": "mergekit_lr.recipe.json_schema",
+    "open_bundle": "mergekit_lr.bundle.open",
+    "recover": "mergekit_lr.bundle.recover",
     "inspect": "mergekit_lr.report.inspect",
     "verify": "mergekit_lr.report.verify",
     "evaluate": "mergekit_lr.evaluation",
@@ -41,7 +45,9 @@ __all__ = [
     "inspect",
     "load_recipe",
     "merge",
+    "open_bundle",
     "plan",
+    "recover",
     "schema",
     "verify",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -100,12 +100,14 @@ class Piece:
     """A part of one tensor across all inputs.
 
     ``tensors``: fp32, one per model, deltas if the method's space is delta. ``base``: the same part of the base
-    in fp32, when there is one. ``start``: index of the first element in the flattened tensor.
+    in fp32, when there is one. ``start``: index of the first element in the flattened tensor. ``counts``: what
+    ``merge`` wants said of this piece in the report, by name; added up over the tensor and over the model.
     """
 
     tensors: list[Tensor]
     base: Tensor | None
     start: int
+    counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

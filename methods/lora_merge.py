@@ -22,9 +22,9 @@ class LoraMerge(Rewrite):
     - ``cat``: ``B = [w_1 s_1 B_1 ... ]``, ``A = [A_1; ...]``: exactly ``sum_i w_i s_i B_i A_i``, of rank ``sum r_i``.
     - ``svd``: the nearest pair of rank ``rank`` to that sum, by QR of the stacked factors and a core of order
       ``sum r_i``.
-    - ``knots``: ``[s_1 B_1 A_1 ... s_k B_k A_k] = U S [V_1^T ... V_k^T]``; ``rule`` (TIES, DARE, a sum) merges the parts
-      ``S V_i^T``, whose entries mean the same in all tasks, with the weights; the result is ``U`` times that. Directions
-      with ``sigma <= 1e-5 sigma_1`` are dropped.
+    - ``knots``: ``[s_1 B_1 A_1 ... s_k B_k A_k] = U S [V_1^T ... V_k^T]``; ``rule`` (TIES, DARE, a sum) merges the
+      parts ``S V_i^T``, whose entries mean the same in all tasks, with the weights; the result is ``U`` times that.
+      Directions with ``sigma <= 1e-5 sigma_1`` are dropped.
     - ``peft_linear``: ``(sum sqrt(w_i s_i) B_i)(sum sqrt(w_i s_i) A_i)``, PEFT's ``linear``, which adds cross terms
       ``B_i A_j`` that no adapter has. For comparison only.
 

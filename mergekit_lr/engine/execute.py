@@ -16,7 +16,7 @@ from mergekit_lr.engine.desk import TaskDesk
 from mergekit_lr.engine.finite import complain
 from mergekit_lr.engine.fused import Fused, fused_sum
 from mergekit_lr.engine.job import Job, Stopped
-from mergekit_lr.engine.output import Output
+from mergekit_lr.engine.output import Output, add_counts
 from mergekit_lr.engine.units import Unit, slicing_of
 from mergekit_lr.graph.nodes import Delta, Operation, Restore, Result, Sink, Source, operation_of, sources_of
 from mergekit_lr.lazy import torch
@@ -60,6 +60,8 @@ class Worker:
         record: dict[str, Any] = {"unit": unit.key(self.job.graph), "chunks": out.digests.finish()}
         if operation is not None:
             record["max_abs"] = out.largest
+            if out.counts:
+                record["counts"] = out.counts
         self.job.journal.record(record)
 
     def _copy(self, source: Source, unit: Unit, out: Output) -> None:
@@ -85,6 +87,7 @@ class Worker:
                     if not method.exposes_nonfinite:
                         self.check_inputs(operation, piece)
                     merged = method.merge(operation.call, piece, state)
+                    add_counts(out.counts, piece.counts)
                     if isinstance(sink.value, Restore):
                         assert piece.base is not None
                         merged = merged.add_(piece.base)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mergekit_lr.bundle.manifest import FILE as BUNDLE
 from mergekit_lr.checkpoint.dtypes import AVERAGED
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
@@ -22,6 +23,7 @@ from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.output import inputs_counted
 from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
+from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, Result, Sink
 from mergekit_lr.pieces import element_count
@@ -203,8 +205,20 @@ def _opened(recipe: Recipe, stack: ExitStack, allow_pickle: bool, headers_only: 
     for reference in dict.fromkeys(references):
         opened = open_model(reference, allow_pickle=allow_pickle, headers_only=headers_only)
         stack.callback(opened.close)
+        _check_kind(opened, reads_bundles=isinstance(recipe.method, Rewrite) and recipe.method.reads_bundles)
         inputs[str(reference)] = opened
     return inputs
+
+
+def _check_kind(opened: Checkpoint, *, reads_bundles: bool) -> None:
+    """A bundle's tensors have names and shapes like a model's: refuse to merge them by mistake."""
+    if opened.folder is not None and (opened.folder / BUNDLE).exists() and not reads_bundles:
+        raise CheckpointError(
+            "this is a bundle, not a model",
+            where=opened.reference,
+            why=f"it holds {BUNDLE}",
+            fix=f"recover one of its tasks first: mergekit-lr recover {opened.reference} TASK OUT",
+        )
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ class Layout:
         key: str,
         sources: list[Source],
         call: PairCall | SavedCall,
-        outputs: list[tuple[str, tuple[int, ...]]],
+        outputs: Sequence[tuple[str, tuple[int, ...]]],
         dtype: str,
         held: int,
     ) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mergekit_lr import merge
 
-from ..recorded.values import bf16_steps  # noqa: TID252 (tests are no package: there is no absolute name)
+from ..recorded.values import bf16_steps
 from . import environment
 
 pytestmark = pytest.mark.peer
