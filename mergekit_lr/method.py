@@ -57,7 +57,9 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=False)
 
 
-def parameter(default: Any = PydanticUndefined, *, description: str, alias: str | None = None, **limits: Any) -> Any:
+def parameter(
+    default: Any = PydanticUndefined, *, description: str, alias: str | None = None, **limits: Any
+) -> Any:
     """A method parameter: a pydantic field that must carry a description. No default means required."""
     return Field(default=default, description=description, alias=alias, **limits)
 

@@ -34,7 +34,9 @@ def element_count(shape: tuple[int, ...]) -> int:
     return n
 
 
-def spans(shape: tuple[int, ...], slicing: Slicing, most: int, start: int = 0, stop: int | None = None) -> list[Span]:
+def spans(
+    shape: tuple[int, ...], slicing: Slicing, most: int, start: int = 0, stop: int | None = None
+) -> list[Span]:
     """Cut a tensor into pieces of at most about ``most`` elements, where ``slicing`` allows.
 
     ``start`` and ``stop`` choose a run of elements, ``start`` on the grid; only elementwise tensors have parts.

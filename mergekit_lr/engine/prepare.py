@@ -66,3 +66,4 @@ def run_preparation(
         )
     )
     return folder
+
