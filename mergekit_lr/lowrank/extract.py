@@ -7,8 +7,7 @@ the next matrix; the adapter is put together from them at the end and has its na
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from mergekit_lr.engine.progress import Progress, ProgressEvent
 from mergekit_lr.engine.run import one_thread_each
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import CheckpointError, NonFiniteError, ResourceError, UsageError, join_problems
-from mergekit_lr.lazy import torch
 from mergekit_lr.lowrank.adapters import read_whole
 from mergekit_lr.lowrank.extraction import REPORT, Extraction, assemble, differs
+from mergekit_lr.lowrank.preparing import run_all
 from mergekit_lr.lowrank.sorting import LORA, Embeddings, sort_tensors, stored_transposed
 from mergekit_lr.sizes import parse_size
 
@@ -176,24 +175,15 @@ def _decompose_all(work: Extraction, folder: Path, workers: int, progress: Progr
     parts = {n: folder / f"{i:06d}.safetensors" for i, n in enumerate(names)}
     todo = [n for n in names if not parts[n].exists()]
     total = sum(work.model.tensors[n].nbytes for n in names)
-    done = total - sum(work.model.tensors[n].nbytes for n in todo)
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for name, _ in zip(todo, _in_order(pool, lambda n: _one(work, n, parts[n]), todo), strict=True):
-            done += work.model.tensors[name].nbytes
-            if progress is not None:
-                progress(ProgressEvent(done, total, "extracting"))
+    before = total - sum(work.model.tensors[n].nbytes for n in todo)
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            size = sum(work.model.tensors[n].nbytes for n in todo[:done])
+            progress(ProgressEvent(before + size, total, "extracting"))
+
+    run_all(lambda n: _one(work, n, parts[n]), todo, workers, tell)
     return parts
-
-
-def _in_order(pool: ThreadPoolExecutor, do: Callable[[str], None], todo: Sequence[str]) -> Any:
-    """Results in order; the first failure cancels what has not begun."""
-    futures = [pool.submit(do, n) for n in todo]
-    try:
-        for future in futures:
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 def _one(work: Extraction, name: str, path: Path) -> None:

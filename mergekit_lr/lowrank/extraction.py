@@ -56,18 +56,24 @@ class Extraction:
 
 def differs(work: Extraction, name: str) -> bool:
     """Whether a tensor holds other numbers than the base's; a new or resized one does."""
-    old, new = work.base.tensors.get(name), work.model.tensors[name]
-    if old is None or old.shape != new.shape:
-        return True
+    old = work.base.tensors.get(name)
+    return old is None or old.shape != work.model.tensors[name].shape or not same_tensor(work.model, work.base, name)
+
+
+def same_tensor(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Whether two models hold the same numbers under a name, whatever dtypes they store them in."""
+    n = one.tensors[name].numel
+    if one.tensors[name].shape != other.tensors[name].shape:
+        return False
     step = 1 << 22
-    for start in range(0, new.numel, step):
-        stop = min(new.numel, start + step)
-        one, two = work.model.read(name, start, stop), work.base.read(name, start, stop)
-        if one.dtype != two.dtype:
-            one, two = one.double(), two.double()
-        if not torch.equal(one, two):
-            return True
-    return False
+    for start in range(0, n, step):
+        stop = min(n, start + step)
+        x, y = one.read(name, start, stop), other.read(name, start, stop)
+        if x.dtype != y.dtype:
+            x, y = x.double(), y.double()
+        if not torch.equal(x, y):
+            return False
+    return True
 
 
 def assemble(work: Extraction, space: Workspace, parts: Mapping[str, Path], *, overwrite: bool) -> dict[str, Any]:
