@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
     from mergekit_lr.evaluation import evaluate as evaluate
+    from mergekit_lr.lowrank.extract import extract_lora as extract_lora
     from mergekit_lr.recipe import load_recipe as load_recipe
     from mergekit_lr.recipe.json_schema import schema as schema
     from mergekit_lr.recipe.load import check as check
@@ -36,12 +37,14 @@ _HOMES = {
     "verify": "mergekit_lr.report.verify",
     "calibrate": "mergekit_lr.calibration.calibrate",
     "evaluate": "mergekit_lr.evaluation",
+    "extract_lora": "mergekit_lr.lowrank.extract",
 }
 __all__ = [
     "MergeResult",
     "calibrate",
     "check",
     "evaluate",
+    "extract_lora",
     "inspect",
     "load_recipe",
     "merge",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mergekit_lr.graph.nodes import Sink, Task
     from mergekit_lr.recipe.schema import Recipe
 
-Kind = Literal["model", "bundle"]
+Kind = Literal["model", "bundle", "adapter"]
 Tell = Callable[[int, int, str], None]
 
 
@@ -57,9 +57,9 @@ class Outline:
     tokenizer the output gets. ``extra``: opened files beside the recipe's models (statistics, prepared tensors), by
     name; they may be used in ``models``. ``sinks``, ``tasks``, ``dropped``: as in `MergeGraph`. ``config``: the whole
     config.json of the output, None for the first model's. ``files``: small files to write beside the tensors.
-    ``kind``: a ``bundle`` keeps config and tokenizer under ``shared/`` and no model at its root. ``details``: plain
-    data for ``merge_report.json``. ``card``: Markdown at the end of the model card. ``bundle``: what ``bundle.json``
-    says, but for the digests.
+    ``kind``: a ``bundle`` keeps config and tokenizer under ``shared/`` and no model at its root; an ``adapter`` is one
+    file of tensors, and has neither. ``details``: plain data for ``merge_report.json``. ``card``: Markdown at the end
+    of the model card. ``bundle``: what ``bundle.json`` says, but for the digests.
     """
 
     models: tuple[str, ...]

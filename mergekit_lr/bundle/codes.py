@@ -53,6 +53,8 @@ def steps(desk: Desk, start: int, stop: int) -> list[tuple[int, int]]:
 
 CODES = {
     "copy": "mergekit_lr.bundle.codes:Copy",
+    "factor": "mergekit_lr.lowrank.codes:Factor",
+    "low_rank": "mergekit_lr.lowrank.codes:LowRank",
     "masked": "mergekit_lr.bundle.masks:Masked",
 }
 """Where each code lives. A new one is a line here and a class there."""

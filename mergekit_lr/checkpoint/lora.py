@@ -242,6 +242,9 @@ def _untie(
     if heads and changed is not None and _same_replacement(adapter, updates[heads[0]], changed):
         del updates[heads[0]]
         return base.config
+    if heads and changed is not None and config.ties_embeddings and changed.a and updates[heads[0]].a:
+        del updates[heads[0]]  # PEFT ties the head's factors to the embedding's: they are one pair
+        return base.config
     if not heads:
         resized = changed is not None and changed.replaced is not None
         resized = resized and adapter.tensors[changed.replaced].shape != base.tensors[embedding].shape  # type: ignore[union-attr,index]

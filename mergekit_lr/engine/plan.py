@@ -6,6 +6,7 @@ import gc
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -54,8 +55,8 @@ class Plan:
 
     @property
     def kind(self) -> Kind:
-        """What is written: a model, or a bundle that keeps a model's small files under ``shared/``."""
-        return "bundle" if _bundles(self.recipe) else "model"
+        """What is written: a model, an adapter, or a bundle with the small files of models under ``shared/``."""
+        return _kind(self.recipe)
 
     @property
     def bytes_in(self) -> int:
@@ -251,11 +252,14 @@ def _lay_out(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, 
         graph = build_graph(recipe, inputs)
     merged = [inputs[m] for m in graph.models if outline is None or m not in outline.extra]
     check_vocabularies(merged)
-    kind = "bundle" if _bundles(recipe) else "model"
-    layout = lay_out(graph.sinks, settings.shard_size, kind)
+    kind = _kind(recipe)
+    stem = "adapter_model" if kind == "adapter" else kind
+    layout = lay_out(graph.sinks, sys.maxsize if kind == "adapter" else settings.shard_size, stem)
     slicing = {i: slicing_of(s) for i, s in enumerate(graph.sinks)}
     budget = make_budget(graph, slicing, settings.limit, settings.threads, settings.device)
     config, files, warnings = _small_files(recipe, inputs, graph, merged, outline)
+    if kind == "adapter":
+        config, files = None, {}
     if kind == "bundle":
         files = {f"shared/{name}": data for name, data in files.items()}
     if outline is not None:
@@ -277,7 +281,7 @@ def _small_files(
     """The output's config, what is carried over beside it, and warnings about everything that was found."""
     tokenizer = inputs[str(recipe.tokenizer_source)] if recipe.tokenizer_source else merged[0]
     picked = None if graph.layers is None else [(merged[m], layer) for m, layer in graph.layers]
-    whole = outline is None or not _bundles(recipe)
+    whole = _kind(recipe) == "model"
     dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED} if whole else set()
     edited = None if outline is None else outline.config
     config, config_warnings = merged_config(merged[0], dtypes, picked, edited)
@@ -311,8 +315,9 @@ def bytes_of(plan: Plan) -> int:
     return total
 
 
-def _bundles(recipe: Recipe) -> bool:
-    return isinstance(recipe.method, Rewrite) and recipe.method.kind == "bundle"
+def _kind(recipe: Recipe) -> Kind:
+    """What the recipe's output is."""
+    return recipe.method.kind if isinstance(recipe.method, Rewrite) else "model"
 
 
 def first_result(sink: Sink) -> bool:
