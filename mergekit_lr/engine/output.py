@@ -63,4 +63,4 @@ class Output:
 
 def inputs_counted(graph: MergeGraph, sink: Sink) -> int:
     """How many inputs of an output's size progress counts for it."""
-    return 1 if operation_of(sink.value) is None else len(graph.models)
+    return 1 if operation_of(sink.value) is None else len(graph.files)
