@@ -142,7 +142,7 @@ class Worker:
             found = [read.values[s].to(torch.float32).view(n, n) for s in operation.companions]
         else:
             found = [x.view(span.shape) for x in wide]
-        companion = get_method(operation.method).companion
+        companion = tensor_method(operation.method).companion
         assert companion is not None
         for x, source in zip(found, operation.companions, strict=True):
             check_companion(x, companion, self.job.checkpoints[source.model].reference, source.tensor)
