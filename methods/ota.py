@@ -25,7 +25,7 @@ class Ota(CurvatureWeighted):
     Elementwise in fp32, any shape; the saliency as ``sqrt(v) |D|``, which does not underflow. One look at each tensor;
     density below 1 adds two looks (rarely three) at the tensor, or with ``density_scope: model`` at all tensors.
 
-    Source: Mahdavi et al., optimizer-aware (OTA) merging with Fast Fisher Grafting, 2025, arXiv:2509.11167.
+    Source: OTA merging with Fast Fisher Grafting, 2025, arXiv:2509.11167, and the authors' code.
     """
 
     name = "ota"

@@ -111,7 +111,7 @@ def _one(network: Any, ids: Tensor, generator: torch.Generator, sampled: bool) -
     with torch.enable_grad():
         logits = network(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
         wanted = _draw(logits.detach(), generator) if sampled else ids[1:]
-        torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()
+        torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").backward()  # type: ignore[no-untyped-call]
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -82,7 +82,7 @@ def _built(config: Any, loaded: Any) -> Any:
     import transformers
 
     names = config.get("architectures") if isinstance(config, dict) else None
-    kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    kind: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         return None
     return kind._from_config(loaded)

@@ -247,5 +247,5 @@ def _safetensors(path: Path) -> Moments:
         return Moment(info.shape, read, entry.endswith(ROW), number("step"), number("beta2"), unbiased)
 
     entries = {name: reader(name, entry) for name, entry in opened.entries.items()}
-    kept = {k: facts[k] for k in ("batch_size", "source", "step", "beta2") if k in facts}
+    kept: dict[str, str] = {k: facts[k] for k in ("batch_size", "step", "beta2") if k in facts}
     return Moments(facts.get("source", "names"), entries, kept, close=opened.close)
