@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lr.checkpoint.companion import COLUMN, ROW
 from mergekit_lr.checkpoint.writer import Entry, FileWriter
-from mergekit_lr.curvature.moments import Moment, Moments, is_factorable, sums_of
+from mergekit_lr.curvatures.moments import Moment, Moments, is_factorable, sums_of
 from mergekit_lr.errors import CheckpointError, NonFiniteError, UsageError
 from mergekit_lr.lazy import torch
 from mergekit_lr.preconditioned import bias_correction
@@ -86,14 +86,14 @@ def curvature(
     if form not in ("full", "rank1") or dtype not in ("float32", "bfloat16") or labels not in ("sampled", "text"):
         raise UsageError("an unknown form, dtype or kind of labels", fix="see mergekit-lr curvature --help")
     if text:
-        from mergekit_lr.curvature.estimate import fisher_diagonal
+        from mergekit_lr.curvatures.estimate import fisher_diagonal
 
         moments = fisher_diagonal(
             checkpoint, text, form=form, samples=samples, sequence_length=sequence_length, labels=labels, seed=seed,
             device=device, max_memory=max_memory,
         )  # fmt: skip
     else:
-        from mergekit_lr.curvature.sources import read_moments
+        from mergekit_lr.curvatures.sources import read_moments
 
         where = None if model is None else Path(model)
         moments = read_moments(Path(checkpoint), where, None if names is None else Path(names))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint.open import local_path
 from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.curvature.moments import Moment, Moments, is_factorable
+from mergekit_lr.curvatures.moments import Moment, Moments, is_factorable
 from mergekit_lr.engine.memory import default_limit
 from mergekit_lr.errors import CheckpointError, ResourceError, UsageError
 from mergekit_lr.evaluation import load_for_evaluation

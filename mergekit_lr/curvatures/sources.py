@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lr.checkpoint.model import read_json
-from mergekit_lr.curvature.moments import Moment, Moments, bare_name, moment_of
-from mergekit_lr.curvature.names import Parameters, assign, named_list, parameters_of
-from mergekit_lr.curvature.state import State, open_state
+from mergekit_lr.curvatures.moments import Moment, Moments, bare_name, moment_of
+from mergekit_lr.curvatures.names import Parameters, assign, named_list, parameters_of
+from mergekit_lr.curvatures.state import State, open_state
 from mergekit_lr.errors import CheckpointError
 
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")

@@ -2,7 +2,7 @@
 
 ``.metadata`` is a pickle of a few dataclasses. `_Inert` makes each of them a bag of attributes and refuses every other
 name, so nothing that a hostile file names is ever imported. The shards hold each tensor piece as a file of torch.save
-at an offset; those are loaded with ``weights_only``. Runs in the confined process of `mergekit_lr.curvature.state`.
+at an offset; those are loaded with ``weights_only``. Runs in the confined process of `mergekit_lr.curvatures.state`.
 """
 
 from __future__ import annotations

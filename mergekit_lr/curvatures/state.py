@@ -1,6 +1,6 @@
 """Optimizer states as plain data: pickles are read in a confined process, and only what is wanted leaves it.
 
-Run as a module it is that process: ``python -m mergekit_lr.curvature.state KIND SOURCE TARGET`` writes a safetensors
+Run as a module it is that process: ``python -m mergekit_lr.curvatures.state KIND SOURCE TARGET`` writes a safetensors
 file whose tensors are called by their path in the state (``state/0/exp_avg_sq``), with every plain value in its
 metadata as JSON. KIND is ``torch`` (a file of torch.save), ``dcp`` (a torch.distributed.checkpoint folder) or
 ``deepspeed`` (the ``zero`` folder of a universal checkpoint). The fences are those of `mergekit_lr.checkpoint.pickle`;
@@ -81,7 +81,7 @@ def open_state(kind: str, source: Path) -> State:
     target = temporary / "state.safetensors"
     try:
         # The folder is named first, its files only for their size.
-        convert([source, *files] if source.is_dir() else files, target, "mergekit_lr.curvature.state", kind)
+        convert([source, *files] if source.is_dir() else files, target, "mergekit_lr.curvatures.state", kind)
         plain = json.loads(read_header(target).metadata["plain"])
         return State(open_file(target, str(source)), plain, temporary)
     except BaseException:
@@ -153,7 +153,7 @@ def _main(kind: str, source: Path, target: Path) -> int:
     torch.zeros(1).clone()
     try:
         if kind == "dcp":
-            from mergekit_lr.curvature.distributed import convert_folder
+            from mergekit_lr.curvatures.distributed import convert_folder
 
             convert_folder(source, target)
             return 0
