@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mergekit_lr.calibration.calibrate import calibrate as calibrate
     from mergekit_lr.engine.api import plan as plan
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
@@ -29,9 +30,21 @@ _HOMES = {
     "schema": "mergekit_lr.recipe.json_schema",
     "inspect": "mergekit_lr.report.inspect",
     "verify": "mergekit_lr.report.verify",
+    "calibrate": "mergekit_lr.calibration.calibrate",
     "evaluate": "mergekit_lr.evaluation",
 }
-__all__ = ["MergeResult", "check", "evaluate", "inspect", "load_recipe", "merge", "plan", "schema", "verify"]
+__all__ = [
+    "MergeResult",
+    "calibrate",
+    "check",
+    "evaluate",
+    "inspect",
+    "load_recipe",
+    "merge",
+    "plan",
+    "schema",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

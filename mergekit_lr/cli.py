@@ -299,6 +299,78 @@ def eval(
         print("\n".join(loss_lines(result)))
 
 
+@command
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .safetensors.", show_default=False)],
+    more: Annotated[list[str] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE...",
+            help="Text to run, or a Hub dataset ORG/NAME[:CONFIG[:SPLIT]]; several may follow.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Windows of text, spread over the texts.")] = 128,
+    sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a window.")] = 512,
+    grams: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="linear|input|hidden",
+            help="Form Grams too: the inputs of every Linear, of each mixture, of each expert's down projection. "
+            "May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    similarity_tokens: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Tokens that all experts are run on, to compare them.")
+    ] = 4096,
+    dtype: Annotated[
+        str,
+        typer.Option(metavar="auto|float32|bfloat16|float16", help="What is computed in; auto is float32 on a CPU."),
+    ] = "auto",
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides which windows and tokens are taken.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a model's experts and layers do on text."""
+    import mergekit_lr
+    from mergekit_lr.progress import show_progress
+
+    if not text:
+        raise UsageError("there is no text to calibrate on", fix="add --text FILE")
+    with show_progress(quiet) as progress:
+        result = mergekit_lr.calibrate(
+            model,
+            out,
+            [*text, *(more or [])],
+            samples=samples,
+            sequence_length=sequence_length,
+            grams=grams or (),
+            similarity_tokens=similarity_tokens,
+            dtype=dtype,
+            device=device,
+            max_memory=max_memory,
+            seed=seed,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        print(result["out"])
+
+
 def report_bug(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """What is printed for an exception that nobody foresaw; the interpreter then exits with 1."""
     if os.environ.get(DEBUG):
