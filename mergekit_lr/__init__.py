@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mergekit_lr.calibration.calibrate import calibrate as calibrate
+    from mergekit_lr.curvatures.api import curvature as curvature
+    from mergekit_lr.curvatures.report import curvature_report as curvature_report
     from mergekit_lr.engine.api import plan as plan
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
@@ -32,11 +34,15 @@ _HOMES = {
     "verify": "mergekit_lr.report.verify",
     "calibrate": "mergekit_lr.calibration.calibrate",
     "evaluate": "mergekit_lr.evaluation",
+    "curvature": "mergekit_lr.curvatures.api",
+    "curvature_report": "mergekit_lr.curvatures.report",
 }
 __all__ = [
     "MergeResult",
     "calibrate",
     "check",
+    "curvature",
+    "curvature_report",
     "evaluate",
     "inspect",
     "load_recipe",

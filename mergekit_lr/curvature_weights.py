@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from mergekit_lr.combine import weighted_sum
 from mergekit_lr.grafting import GraftState, masks_of, model_passes, tensor_passes
 from mergekit_lr.method import (
     Base,
@@ -169,27 +170,46 @@ class CurvatureWeighted(Method):
 
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         state = state or GraftState()
-        merge = call.merge
-        weights = call.values("weight")
+        scales = self._scales(call, state)
+        mean, divisor = self._mean(call, piece, state, scales if any(s != 1 for s in scales) else None)
+        if call.merge.fallback == "mean" or not call.has_base:
+            weights = call.values("weight")
+            plain = weighted_sum(piece.tensors, [w / math.fsum(weights) for w in weights])
+            mean = mean.where(divisor > 0, plain)
+        return mean if call.merge.lam == 1 else mean.mul_(call.merge.lam)
+
+    def terms(self, call: Call, piece: Piece, state: Any) -> list[Tensor]:
+        """What each model adds to the merged piece; they sum to it but for rounding and where nothing was kept."""
+        state = state or GraftState()
+        scales = self._scales(call, state)
+        one_hot = [[s if i == j else 0.0 for j, s in enumerate(scales)] for i in range(len(scales))]
+        return [self._mean(call, piece, state, alone)[0].mul_(call.merge.lam) for alone in one_hot]
+
+    def masks(self, call: Call, piece: Piece, state: Any) -> list[Tensor | None]:
+        """Each model's 0/1 mask, None where everything is kept."""
+        return masks_of(call, piece, state or GraftState())
+
+    def _scales(self, call: Call, state: GraftState) -> list[float]:
+        rescale = state.rescale or [1.0] * len(call.models)
+        return [m.scale * r for m, r in zip(call.models, rescale, strict=True)]
+
+    def _mean(
+        self, call: Call, piece: Piece, state: GraftState, scales: list[float] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted mean and its divisor."""
+        merge, weights = call.merge, call.values("weight")
         corrections = [bias_correction(f) if merge.bias_correction else 1.0 for f in call.facts]
         norms = state.norms or [1.0] * len(weights)
         extra, power = piece.extra, merge.power
         if not extra:  # by `missing: mean`: every entry counts alike, and nothing is masked
             extra, power, corrections = piece.tensors, 0.0, [1.0] * len(weights)
-        shares = [w * c**power / n for w, c, n in zip(weights, corrections, norms, strict=True)]
-        scales = [m.scale * r for m, r in zip(call.models, state.rescale or [1.0] * len(weights), strict=True)]
-        mean, divisor = preconditioned_mean(
+        return preconditioned_mean(
             piece.tensors,
             extra,
             power=power,
-            shares=shares,
-            scales=scales if any(s != 1 for s in scales) else None,
+            shares=[w * c**power / n for w, c, n in zip(weights, corrections, norms, strict=True)],
+            scales=scales,
             masks=masks_of(call, piece, state),
             all_in_divisor=merge.denominator == "all",
             epsilons=state.epsilons,
         )
-        if merge.fallback == "mean" or not call.has_base:
-            total = math.fsum(weights)
-            plain = sum(x * (w / total) for x, w in zip(piece.tensors, weights, strict=True))
-            mean = mean.where(divisor > 0, plain)
-        return mean if merge.lam == 1 else mean.mul_(merge.lam)
