@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from mergekit_lr.bundle.open import open_bundle as open_bundle
     from mergekit_lr.bundle.recover import recover as recover
     from mergekit_lr.calibration.calibrate import calibrate as calibrate
+    from mergekit_lr.curvatures.api import curvature as curvature
+    from mergekit_lr.curvatures.report import curvature_report as curvature_report
     from mergekit_lr.engine.api import plan as plan
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
@@ -38,11 +40,15 @@ _HOMES = {
     "calibrate": "mergekit_lr.calibration.calibrate",
     "evaluate": "mergekit_lr.evaluation",
     "extract_lora": "mergekit_lr.lowrank.extract",
+    "curvature": "mergekit_lr.curvatures.api",
+    "curvature_report": "mergekit_lr.curvatures.report",
 }
 __all__ = [
     "MergeResult",
     "calibrate",
     "check",
+    "curvature",
+    "curvature_report",
     "evaluate",
     "extract_lora",
     "inspect",

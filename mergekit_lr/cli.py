@@ -440,6 +440,9 @@ def calibrate(
         print(result["out"])
 
 
+from mergekit_lr import cli_curvature as _curvature  # noqa: E402, F401 (registers its commands with `command`)
+
+
 def report_bug(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """What is printed for an exception that nobody foresaw; the interpreter then exits with 1."""
     if os.environ.get(DEBUG):

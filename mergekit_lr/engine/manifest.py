@@ -53,7 +53,7 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
         "merge_method": plan.recipe.merge_method,
         "recipe_digest": plan.recipe.digest(),
         "fingerprint": fingerprint,
-        "inputs": [_input(plan, m) for m in plan.graph.models],
+        "inputs": [_input(plan, m) for m in plan.graph.files],
         "rules": plan.graph.rules(),
         "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in plan.graph.dropped],
         "warnings": plan.warnings + job.warnings,

@@ -26,7 +26,9 @@ from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.build import build_graph
+from mergekit_lr.graph.companions import open_companions
 from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, Result, Sink
+from mergekit_lr.method import Method
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.report.consistency import config_problems
@@ -64,7 +66,7 @@ class Plan:
         total = 0
         for sink in self.graph.sinks:
             for source in self.graph.sources(sink) if first_result(sink) else ():
-                total += self.inputs[self.graph.models[source.model]].tensors[source.tensor].nbytes
+                total += self.inputs[self.graph.files[source.model]].tensors[source.tensor].nbytes
         return total
 
     @property
@@ -81,7 +83,7 @@ class Plan:
             "recipe": self.recipe.digest(),
             "method": hashlib.sha256(source.encode()).hexdigest(),
             "graph": self.graph.digest,
-            "inputs": {m: self._identity(self.inputs[m]) for m in self.graph.models},
+            "inputs": {m: self._identity(self.inputs[m]) for m in self.graph.files},
             "shards": [[s.file, s.size] for s in self.layout.shards],
             "device": self.device.partition(":")[0],
         }
@@ -97,6 +99,7 @@ class Plan:
         return {
             "merge_method": self.recipe.merge_method,
             "models": list(self.graph.models),
+            "companions": list(self.graph.companions),
             "tensors": len(self.graph.sinks),
             "parameters": self.parameters,
             "rules": self.graph.rules(),
@@ -120,6 +123,7 @@ class Plan:
         d = self.to_dict()
         lines = [
             f"{d['merge_method']} of {len(d['models'])} models: {', '.join(d['models'])}",
+            *(f"beside them {file}" for file in d["companions"]),
             f"{d['tensors']} tensors, {d['parameters']:,} parameters, as {', '.join(d['dtypes'])}",
             f"reads {d['bytes_in'] / 2**20:,.1f} MiB, writes {d['bytes_out'] / 2**20:,.1f} MiB "
             f"in {len(d['shards'])} file{'s' if len(d['shards']) > 1 else ''}",
@@ -211,7 +215,10 @@ def _opened(recipe: Recipe, stack: ExitStack, allow_pickle: bool, headers_only: 
         stack.callback(opened.close)
         _check_kind(opened, reads_bundles=isinstance(recipe.method, Rewrite) and recipe.method.reads_bundles)
         inputs[str(reference)] = opened
-    return inputs
+    beside = open_companions(recipe)
+    for checkpoint in beside.values():
+        stack.callback(checkpoint.close)
+    return inputs | beside
 
 
 def _check_kind(opened: Checkpoint, *, reads_bundles: bool) -> None:
@@ -289,7 +296,9 @@ def _small_files(
     warnings = [*recipe.warnings, *config_warnings, *file_warnings]
     if whole:
         warnings += [f"the output's config.json: {p}" for p in _contradictions(config, graph)]
-    for checkpoint in merged:
+    if isinstance(recipe.method, Method):
+        warnings += recipe.method.remarks([o.call for o in graph.operations])
+    for checkpoint in (*merged, *(inputs[f] for f in graph.companions)):
         warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
     lost = [d for d in graph.dropped if d[2] != OUTSIDE_SLICES] if outline is None else []
     if lost:
