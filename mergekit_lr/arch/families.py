@@ -1,9 +1,9 @@
 """Permutation specs of known families, read from the YAML files beside this module, and specs that a user wrote.
 
 A pattern of a spec is a tensor name in which ``{l}`` stands for a number, ``{s:a|b}`` for one of several words, and
-``(a|b)`` for either; the axes of the tensor then say ``{l}``, ``{s-1}`` and so on for what was found. ``{*}`` counts the
-parts of a stack (experts). The first pattern that fits a tensor counts. ``{last:PATTERN}`` is the largest number found
-for PATTERN's only field.
+``(a|b)`` for either; the axes of the tensor then say ``{l}``, ``{s-1}`` and so on for what was found. ``{*}`` counts
+the parts of a stack (experts). The first pattern that fits a tensor counts. ``{last:PATTERN}`` is the largest number
+found for PATTERN's only field.
 """
 
 from __future__ import annotations

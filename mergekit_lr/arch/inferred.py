@@ -30,7 +30,8 @@ def chain_spec(shapes: Shapes, where: str) -> SymmetrySpec:
         CheckpointError: the tensors are no chain.
     """
     modules = _modules(shapes, where)
-    weights = _in_order([m for m, p in modules.items() if len(shapes.get(p.get("weight", ""), ())) > 1], modules, shapes)
+    matrices = [m for m, parts in modules.items() if len(shapes.get(parts.get("weight", ""), ())) > 1]
+    weights = _in_order(matrices, modules, shapes)
     if len(weights) < 2:
         raise _refuse(where, "its weights form no chain, or could form several")
     draft = Draft("chain")
@@ -55,7 +56,7 @@ def _modules(shapes: Shapes, where: str) -> dict[str, dict[str, str]]:
 
 
 def _in_order(found: list[str], modules: Mapping[str, dict[str, str]], shapes: Shapes) -> list[str]:
-    """The weights in the only order in which each can read what the one before it writes; [] if there is none or several.
+    """The weights in the only order in which each can read what the one before it writes; [] unless there is just one.
 
     Weights whose names differ in numbers alone stay in the order of those; convolutions come before matrices.
     """
@@ -105,9 +106,7 @@ def _writers(
     return group_of
 
 
-def _add_vector(
-    draft: Draft, name: str, part: str, shape: tuple[int, ...], group: str | None, where: str
-) -> None:
+def _add_vector(draft: Draft, name: str, part: str, shape: tuple[int, ...], group: str | None, where: str) -> None:
     if part == "num_batches_tracked":
         draft.add([name], shape, [None] * len(shape))
     elif len(shape) != 1:
@@ -116,21 +115,21 @@ def _add_vector(
         draft.add([name], shape, [group])
 
 
-def _norm_owner(
-    m: str, modules: Mapping[str, dict[str, str]], weights: list[str], shapes: Shapes, where: str
-) -> str:
+def _norm_owner(m: str, modules: Mapping[str, dict[str, str]], weights: list[str], shapes: Shapes, where: str) -> str:
     """The weight whose channels a norm layer scales: the one it follows, or the one of its own number."""
     order = list(modules)
     sizes = {shapes[n] for p, n in modules[m].items() if p in _NORM}
     size = next(iter(sizes), ())
     if len(sizes) != 1 or len(size) != 1:
         raise _refuse(where, f"{m} is neither a weight matrix nor a norm layer")
-    before = [w for w in weights if order.index(w) < order.index(m)]
-    number = re.search(r"(\d+)$", m)
-    namesakes = [w for w in weights if number and re.search(r"(\d+)$", w) and natural(w)[-2:] == natural(m)[-2:]]
-    interleaved = all(order.index(b) - order.index(a) > 0 for a, b in pairwise(weights)) and before
-    named_apart = re.sub(r"\d+$", "", m) not in {re.sub(r"\d+$", "", w) for w in weights}
-    candidates = namesakes if named_apart and len(namesakes) == 1 else ([before[-1]] if interleaved else [])
+
+    def stem(name: str) -> str:
+        return re.sub(r"\d+", "#", name)
+
+    before = [w for w in weights if stem(w) == stem(m) and order.index(w) < order.index(m)]
+    number = re.findall(r"\d+", m)
+    namesakes = [w for w in weights if stem(w) != stem(m) and number and re.findall(r"\d+", w) == number]
+    candidates = before[-1:] or namesakes
     if len(candidates) != 1 or shapes[modules[candidates[0]]["weight"]][0] != size[0]:
         raise _refuse(where, f"it is not clear which weight the norm layer {m} follows")
     return candidates[0]

@@ -104,6 +104,12 @@ class SymmetrySpec:
         return () if parent is None else (self.groups[parent].size,)
 
 
+Entry = tuple[tuple[str, ...], tuple[int, ...], list[str | None], str | None, tuple[int, ...] | None]
+"""Names, shape, axes as text, stack, reads."""
+Parsed = list[list[tuple[str | None, int | None, bool]]]
+"""Of one axis: per stretch, (group, fixed size, with sign) of each factor."""
+
+
 @dataclass
 class Draft:
     """A spec in the making: declarations and sizes of groups, named constants, and the axes of every tensor as text."""
@@ -113,9 +119,7 @@ class Draft:
     constants: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
-    entries: list[tuple[tuple[str, ...], tuple[int, ...], list[str | None], str | None, tuple[int, ...] | None]] = field(
-        default_factory=list
-    )
+    entries: list[Entry] = field(default_factory=list)
 
     def add(
         self,
@@ -176,8 +180,7 @@ class Draft:
             fix="write a spec of your own in YAML, or name the right family",
         )
 
-    def _sections(self, axis: str | None) -> list[list[tuple[str | None, int | None, bool]]]:
-        """Per stretch, (group, fixed size, with sign) of each factor."""
+    def _sections(self, axis: str | None) -> Parsed:
         if axis is None:
             return []
         found = []
@@ -199,7 +202,7 @@ class Draft:
             found.append(factors)
         return found
 
-    def _learn(self, parsed: list[list[list[list[tuple[str | None, int | None, bool]]]]]) -> bool:
+    def _learn(self, parsed: list[list[Parsed]]) -> bool:
         """Derive one size that an axis leaves open; False when there is nothing more to learn."""
         for (names, shape, _, _, _), axes in zip(self.entries, parsed, strict=True):
             for length, sections in zip(shape, axes, strict=True):
@@ -227,7 +230,7 @@ class Draft:
                 return True
         return False
 
-    def _axis(self, name: str, sections: list[list[tuple[str | None, int | None, bool]]], length: int) -> Axis:
+    def _axis(self, name: str, sections: Parsed, length: int) -> Axis:
         if not sections:
             return ((Factor(None, length),),)
         axis = []
@@ -279,9 +282,15 @@ def _check_parents(spec: SymmetrySpec) -> None:
                             where=t.names[0],
                             fix="put the parent before it in the same stretch of the axis",
                         )
+                    if group is not None and group.parent == t.stack is not None and len(axis) > 1:
+                        raise CheckpointError(
+                            f"the permutation spec {spec.family} has {group.name} in one of several stretches",
+                            where=t.names[0],
+                            fix="within a stack, give a group with that parent an axis of its own",
+                        )
                     seen.add(factor.group)
     for group in spec.groups.values():
-        if group.parent is not None and spec.groups[group.parent].parent is not None:
-            raise CheckpointError(
-                f"the permutation spec {spec.family} nests {group.name} too deeply", why="a parent has a parent itself"
-            )
+        parent = spec.groups[group.parent] if group.parent else None
+        if parent is not None and (parent.parent is not None or parent.signed):
+            why = "a parent has a parent itself" if parent.parent else "a parent is signed"
+            raise CheckpointError(f"the permutation spec {spec.family} cannot have {group.name} in it", why=why)

@@ -16,8 +16,8 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Member:
-    """``permutations[g]``: int64 ``[n]``, or ``[parent's size, n]`` for a group with a parent; place i holds what was at
-    p[i]. ``signs[g]``: int8 of the same shape, +1 or -1, for signed groups."""
+    """``permutations[g]``: int64 ``[n]``, or ``[parent's size, n]`` for a group with a parent; place i holds what was
+    at p[i]. ``signs[g]``: int8 of the same shape, +1 or -1, for signed groups."""
 
     permutations: Mapping[str, Tensor]
     signs: Mapping[str, Tensor]
@@ -100,7 +100,7 @@ def inverse(spec: SymmetrySpec, member: Member) -> Member:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor's entries come from: another tensor's name, and for each axis indices and signs (None: as is)."""
+    """Where one tensor's entries come from: a tensor's name, and for each axis indices and signs (None: as is)."""
 
     source: str
     index: tuple[Tensor | None, ...]
@@ -119,8 +119,8 @@ def place(
     still: Collection[str] = (),
     still_axis: tuple[str, int] | None = None,
 ) -> Place:
-    """How ``member`` fills the tensor ``name``. Groups in ``still`` do not move; ``still_axis = (group, axis)`` holds one
-    group still on one axis only.
+    """How ``member`` fills the tensor ``name``. Groups in ``still`` do not move; ``still_axis = (group, axis)`` holds
+    one group still on one axis only.
 
     Raises:
         CheckpointError: the spec does not cover the tensor.

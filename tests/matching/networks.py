@@ -64,7 +64,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
             if t.is_floating_point() and "inv_freq" not in name and "rotary" not in name:
                 noise = torch.randn(t.shape, generator=g, dtype=torch.float64)
-                t.copy_(noise.abs() + 0.5 if t.ndim == 1 and "running_var" in name else noise * 0.3 + (0.7 if t.ndim == 1 else 0))
+                t.copy_(noise.abs() + 0.5 if "running_var" in name else noise * 0.3 + (0.7 if t.ndim == 1 else 0))
     return model
 
 
@@ -87,16 +87,17 @@ def of_transformers(name: str, model: Any, inputs: dict[str, Tensor], permutatio
         tensors = load_file(f"{folder}/model.safetensors")
 
     def outputs(tensors: Tensors) -> Tensor:
-        return logits(kind, config, model, tensors, inputs, torch.float64)
+        return logits(kind, model.config, tensors, inputs, torch.float64)
 
     return Example(name, tensors, outputs, config, permutations)
 
 
-def logits(kind: Any, config: Any, model: Any, tensors: Tensors, inputs: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def logits(kind: Any, config: Any, tensors: Tensors, inputs: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """What transformers computes from these tensors, loaded from a folder, with no key missing or left over."""
     with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        own = {n: t.to(dtype).clone() for n, t in tensors.items()}
+        save_file(own, f"{folder}/model.safetensors", metadata={"format": "pt"})
         more = {"experts_implementation": "eager"} if "experts" in " ".join(tensors) else {}
         loaded, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **more)
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
@@ -108,13 +109,15 @@ def logits(kind: Any, config: Any, model: Any, tensors: Tensors, inputs: dict[st
 @contextmanager
 def nothing_narrowed(dtype: torch.dtype) -> Iterator[None]:
     """Norms and softmax of transformers "widen" to fp32, which for an fp64 model is a narrowing: let them use fp64."""
-    before = torch.float32
+    before, widen = torch.float32, Tensor.float
     if dtype == torch.float64:
         torch.float32 = torch.float = torch.float64
+        Tensor.float = Tensor.double
     try:
         yield
     finally:
         torch.float32 = torch.float = before
+        Tensor.float = widen
 
 
 TOKENS = {"input_ids": torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])}
