@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
     from mergekit_lr.evaluation import evaluate as evaluate
+    from mergekit_lr.matching.barrier import barrier as barrier
     from mergekit_lr.recipe import load_recipe as load_recipe
     from mergekit_lr.recipe.json_schema import schema as schema
     from mergekit_lr.recipe.load import check as check
@@ -30,8 +31,9 @@ _HOMES = {
     "inspect": "mergekit_lr.report.inspect",
     "verify": "mergekit_lr.report.verify",
     "evaluate": "mergekit_lr.evaluation",
+    "barrier": "mergekit_lr.matching.barrier",
 }
-__all__ = ["MergeResult", "check", "evaluate", "inspect", "load_recipe", "merge", "plan", "schema", "verify"]
+__all__ = ["MergeResult", "barrier", "check", "evaluate", "inspect", "load_recipe", "merge", "plan", "schema", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,10 +30,7 @@ def chain_spec(shapes: Shapes, where: str) -> SymmetrySpec:
         CheckpointError: the tensors are no chain.
     """
     modules = _modules(shapes, where)
-    matrices = [m for m, parts in modules.items() if len(shapes.get(parts.get("weight", ""), ())) > 1]
-    weights = _in_order(matrices, modules, shapes)
-    if len(weights) < 2:
-        raise _refuse(where, "its weights form no chain, or could form several")
+    weights = _weights(modules, shapes, where)
     draft = Draft("chain")
     group_of = _writers(draft, shapes, modules, weights, where)
     for m, parts in modules.items():
@@ -43,6 +40,23 @@ def chain_spec(shapes: Shapes, where: str) -> SymmetrySpec:
         for part, name in parts.items():
             _add_vector(draft, name, part, shapes[name], group, where)
     return draft.finish()
+
+
+def chain_order(shapes: Shapes, where: str) -> list[str]:
+    """Names of the weights' modules, in the order in which data goes through them.
+
+    Raises:
+        CheckpointError: the tensors are no chain.
+    """
+    return _weights(_modules(shapes, where), shapes, where)
+
+
+def _weights(modules: Mapping[str, dict[str, str]], shapes: Shapes, where: str) -> list[str]:
+    matrices = [m for m, parts in modules.items() if len(shapes.get(parts.get("weight", ""), ())) > 1]
+    found = _in_order(matrices, modules, shapes)
+    if len(found) < 2:
+        raise _refuse(where, "its weights form no chain, or could form several")
+    return found
 
 
 def _modules(shapes: Shapes, where: str) -> dict[str, dict[str, str]]:

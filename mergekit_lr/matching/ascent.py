@@ -83,8 +83,9 @@ def match_weights(
             )
             if best is None or found.objective > best.objective + PROGRESS * norms[0] * norms[1]:
                 best = found
-            if len(groups) == 1 or not any(neighbours[g] & set(groups) for g in groups):
-                break  # the order does not matter
+            independent = not any(neighbours[g] & set(groups) for g in groups)
+            if independent or best.objective >= (1 - 1e-12) * norms[0] * norms[1]:
+                break  # the order does not matter, or nothing is left to gain
     assert best is not None
     return best
 

@@ -164,7 +164,9 @@ def _value(parts: list[Part], i: int, j: int, inner: Inner) -> float:
 
 
 def inner_product(a: Tensor, b: Tensor) -> float:
-    """``<a, b>`` over all entries, in fp64 and in a fixed order."""
+    """``<a, b>`` over all entries, in fp64 and in a fixed order; 0 for counters and other integers."""
+    if not a.is_floating_point():
+        return 0.0
     x, y = a.reshape(-1), b.reshape(-1)
     step = 1 << 20
     return float(sum(float(x[k : k + step].double() @ y[k : k + step].double()) for k in range(0, len(x), step)))
