@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mergekit_lr.engine.run import merge as merge
     from mergekit_lr.evaluation import evaluate as evaluate
     from mergekit_lr.lowrank.extract import extract_lora as extract_lora
+    from mergekit_lr.matching.barrier import barrier as barrier
     from mergekit_lr.recipe import load_recipe as load_recipe
     from mergekit_lr.recipe.json_schema import schema as schema
     from mergekit_lr.recipe.load import check as check
@@ -40,11 +41,13 @@ _HOMES = {
     "calibrate": "mergekit_lr.calibration.calibrate",
     "evaluate": "mergekit_lr.evaluation",
     "extract_lora": "mergekit_lr.lowrank.extract",
+    "barrier": "mergekit_lr.matching.barrier",
     "curvature": "mergekit_lr.curvatures.api",
     "curvature_report": "mergekit_lr.curvatures.report",
 }
 __all__ = [
     "MergeResult",
+    "barrier",
     "calibrate",
     "check",
     "curvature",

@@ -440,6 +440,54 @@ def calibrate(
         print(result["out"])
 
 
+@command
+def barrier(
+    recipe: RecipePath,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE...", help="Text to measure on; several may follow.", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="inputs and labels (.safetensors), for a model without config.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw curves and layers.")] = None,
+    points: Annotated[int, typer.Option(metavar="N", min=3, help="Places between the two models.")] = 11,
+    activation: Annotated[
+        str, typer.Option(metavar="NAME", help="Of a model without config: relu, gelu, ...")
+    ] = "relu",
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens measured of each text. [default: all]")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the loss between the two models of a weight_matching RECIPE, as they are and aligned."""
+    import mergekit_lr
+    from mergekit_lr.engine.plan import choose_device
+    from mergekit_lr.matching.barrier import write_plot
+
+    result = mergekit_lr.barrier(
+        recipe,
+        text=[*(text or []), *(more or [])],
+        data=data,
+        points=points,
+        activation=activation,
+        max_tokens=max_tokens,
+        device=choose_device(device),
+        tell=None if quiet else lambda done, total, what: say(f"{done + 1}/{total} {what}"),
+    )
+    if plot is not None:
+        write_plot(result, plot)
+    if as_json:
+        print_json(result)
+    else:
+        for i, t in enumerate(result["t"]):
+            print(f"t {t:.2f}   as they are {result['naive'][i]:.4f}   matched {result['matched'][i]:.4f}")
+        print(f"barrier: as they are {result['barrier_naive']:.4f}, matched {result['barrier_matched']:.4f}")
+
+
 from mergekit_lr import cli_curvature as _curvature  # noqa: E402, F401 (registers its commands with `command`)
 
 
