@@ -139,7 +139,7 @@ def apply(
         b = None if reference is None else reference[span.start : span.stop].reshape(span.shape)
         cut = [t[span.start : span.stop].reshape(span.shape) for t in flat]
         more = beside if gram else [x.reshape(-1)[span.start : span.stop].reshape(span.shape) for x in beside]
-        return Piece([t - b for t in cut] if delta and b is not None else cut, b, span.start, more)
+        return Piece([t - b for t in cut] if delta and b is not None else cut, b, span.start, extra=more)
 
     def look(wanted: Pass[Any, Any]) -> Any:
         chosen = sample_spans(call.shape, wanted.sample) if wanted.sample else whole

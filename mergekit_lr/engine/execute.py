@@ -134,7 +134,7 @@ class Worker:
                 x.sub_(base)
         shaped = [x.view(span.shape) for x in tensors]
         extra = self._extra(operation, read, wide[len(wanted) - len(operation.companions) :], span)
-        return Piece(shaped, None if base is None else base.view(span.shape), span.start, extra)
+        return Piece(shaped, None if base is None else base.view(span.shape), span.start, extra=extra)
 
     def _extra(self, operation: Operation, read: Block, wide: Tensor, span: Span) -> list[Tensor]:
         """The companions of a piece in fp32, cut as it is or whole; checked."""
