@@ -6,12 +6,14 @@ import gc
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mergekit_lr.bundle.manifest import FILE as BUNDLE
 from mergekit_lr.checkpoint.dtypes import AVERAGED
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
@@ -20,9 +22,13 @@ from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.output import inputs_counted
 from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
+from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
+from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.build import build_graph
+from mergekit_lr.graph.companions import open_companions
 from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, Result, Sink
+from mergekit_lr.method import Method
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.report.consistency import config_problems
@@ -51,8 +57,8 @@ class Plan:
 
     @property
     def kind(self) -> Kind:
-        """What is written: a model, or a bundle that keeps a model's small files under ``shared/``."""
-        return "bundle" if _bundles(self.recipe) else "model"
+        """What is written: a model, an adapter, or a bundle with the small files of models under ``shared/``."""
+        return _kind(self.recipe)
 
     @property
     def bytes_in(self) -> int:
@@ -60,7 +66,7 @@ class Plan:
         total = 0
         for sink in self.graph.sinks:
             for source in self.graph.sources(sink) if first_result(sink) else ():
-                total += self.inputs[self.graph.models[source.model]].tensors[source.tensor].nbytes
+                total += self.inputs[self.graph.files[source.model]].tensors[source.tensor].nbytes
         return total
 
     @property
@@ -77,7 +83,7 @@ class Plan:
             "recipe": self.recipe.digest(),
             "method": hashlib.sha256(source.encode()).hexdigest(),
             "graph": self.graph.digest,
-            "inputs": {m: self._identity(self.inputs[m]) for m in self.graph.models},
+            "inputs": {m: self._identity(self.inputs[m]) for m in self.graph.files},
             "shards": [[s.file, s.size] for s in self.layout.shards],
             "device": self.device.partition(":")[0],
         }
@@ -93,6 +99,7 @@ class Plan:
         return {
             "merge_method": self.recipe.merge_method,
             "models": list(self.graph.models),
+            "companions": list(self.graph.companions),
             "tensors": len(self.graph.sinks),
             "parameters": self.parameters,
             "rules": self.graph.rules(),
@@ -116,6 +123,7 @@ class Plan:
         d = self.to_dict()
         lines = [
             f"{d['merge_method']} of {len(d['models'])} models: {', '.join(d['models'])}",
+            *(f"beside them {file}" for file in d["companions"]),
             f"{d['tensors']} tensors, {d['parameters']:,} parameters, as {', '.join(d['dtypes'])}",
             f"reads {d['bytes_in'] / 2**20:,.1f} MiB, writes {d['bytes_out'] / 2**20:,.1f} MiB "
             f"in {len(d['shards'])} file{'s' if len(d['shards']) > 1 else ''}",
@@ -158,8 +166,9 @@ def planned(
 ) -> Iterator[Plan]:
     """Open the inputs, check them against each other, and lay everything out.
 
-    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. ``prepare`` is called
-    for a method that must find something out first, and returns the folder in which it kept that.
+    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. Without it, heads that
+    a tied reference has no place for are compared with their model's embeddings. ``prepare`` is called for a method
+    that must find something out first, and returns the folder in which it kept that.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -181,6 +190,8 @@ def planned(
             plan = _lay_out(loaded, inputs, settings, prepared)
             for name in plan.inputs.keys() - inputs.keys():
                 stack.callback(plan.inputs[name].close)
+        if not headers_only:
+            refuse_untied_heads(plan.graph, plan.inputs)
         yield plan
 
 
@@ -205,8 +216,23 @@ def _opened(recipe: Recipe, stack: ExitStack, allow_pickle: bool, headers_only: 
     for reference in dict.fromkeys(references):
         opened = open_model(reference, allow_pickle=allow_pickle, headers_only=headers_only)
         stack.callback(opened.close)
+        _check_kind(opened, reads_bundles=isinstance(recipe.method, Rewrite) and recipe.method.reads_bundles)
         inputs[str(reference)] = opened
-    return inputs
+    beside = open_companions(recipe)
+    for checkpoint in beside.values():
+        stack.callback(checkpoint.close)
+    return inputs | beside
+
+
+def _check_kind(opened: Checkpoint, *, reads_bundles: bool) -> None:
+    """A bundle's tensors have names and shapes like a model's: refuse to merge them by mistake."""
+    if opened.folder is not None and (opened.folder / BUNDLE).exists() and not reads_bundles:
+        raise CheckpointError(
+            "this is a bundle, not a model",
+            where=opened.reference,
+            why=f"it holds {BUNDLE}",
+            fix=f"recover one of its tasks first: mergekit-lr recover {opened.reference} TASK OUT",
+        )
 
 
 @dataclass(frozen=True)
@@ -236,11 +262,14 @@ def _lay_out(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, 
         graph = build_graph(recipe, inputs)
     merged = [inputs[m] for m in graph.models if outline is None or m not in outline.extra]
     check_vocabularies(merged)
-    kind = "bundle" if _bundles(recipe) else "model"
-    layout = lay_out(graph.sinks, settings.shard_size, kind)
+    kind = _kind(recipe)
+    stem = "adapter_model" if kind == "adapter" else kind
+    layout = lay_out(graph.sinks, sys.maxsize if kind == "adapter" else settings.shard_size, stem)
     slicing = {i: slicing_of(s) for i, s in enumerate(graph.sinks)}
     budget = make_budget(graph, slicing, settings.limit, settings.threads, settings.device)
     config, files, warnings = _small_files(recipe, inputs, graph, merged, outline)
+    if kind == "adapter":
+        config, files = None, {}
     if kind == "bundle":
         files = {f"shared/{name}": data for name, data in files.items()}
     if outline is not None:
@@ -262,7 +291,7 @@ def _small_files(
     """The output's config, what is carried over beside it, and warnings about everything that was found."""
     tokenizer = inputs[str(recipe.tokenizer_source)] if recipe.tokenizer_source else merged[0]
     picked = None if graph.layers is None else [(merged[m], layer) for m, layer in graph.layers]
-    whole = outline is None or not _bundles(recipe)
+    whole = _kind(recipe) == "model"
     dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED} if whole else set()
     edited = None if outline is None else outline.config
     config, config_warnings = merged_config(merged[0], dtypes, picked, edited)
@@ -270,7 +299,9 @@ def _small_files(
     warnings = [*recipe.warnings, *config_warnings, *file_warnings]
     if whole:
         warnings += [f"the output's config.json: {p}" for p in _contradictions(config, graph)]
-    for checkpoint in merged:
+    if isinstance(recipe.method, Method):
+        warnings += recipe.method.remarks([o.call for o in graph.operations])
+    for checkpoint in (*merged, *(inputs[f] for f in graph.companions)):
         warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
     lost = [d for d in graph.dropped if d[2] != OUTSIDE_SLICES] if outline is None else []
     if lost:
@@ -296,8 +327,9 @@ def bytes_of(plan: Plan) -> int:
     return total
 
 
-def _bundles(recipe: Recipe) -> bool:
-    return isinstance(recipe.method, Rewrite) and recipe.method.kind == "bundle"
+def _kind(recipe: Recipe) -> Kind:
+    """What the recipe's output is."""
+    return recipe.method.kind if isinstance(recipe.method, Rewrite) else "model"
 
 
 def first_result(sink: Sink) -> bool:
