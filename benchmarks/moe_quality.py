@@ -39,6 +39,7 @@ from zoo.text import heldout_tokens, training_tokens
 from zoo.train import WINDOW, heldout_loss
 
 import mergekit_lr
+from mergekit_lr.checkpoint.model import open_folder
 
 MODELS = ("qwen3-moe", "mixtral")
 REDUCTIONS = (0.25, 0.5)
@@ -54,7 +55,7 @@ class Contestant:
     """A row of the table. ``parameters`` may hold ``E`` (experts kept) and ``K`` (share kept) to be filled in.
 
     ``axis``: what becomes fewer; ``kind``: ``peer``, ``refit`` (a peer's choice with our refit) or ``ours``; ``stock``:
-    whether stock transformers and vLLM load the output.
+    whether stock transformers and vLLM load the output; ``ablation``: measured with the first draw only.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Contestant:
     kind: str = "peer"
     stock: bool = True
     streams: bool = False
+    ablation: bool = False
 
 
 E, K = "E", "K"
@@ -76,15 +78,20 @@ def _prune(score: str) -> Contestant:
 
 def _prune_refit(score: str) -> Contestant:
     own = {"num_experts": E, "score": score, "select": False}
-    return Contestant(f"prune by {score} + joint refit", "neuron_select", own, kind="refit", streams=True)
+    once = score == "frequency"
+    return Contestant(
+        f"prune by {score} + joint refit", "neuron_select", own, kind="refit", streams=True, ablation=once
+    )
 
 
 def _select(name: str, **options: Any) -> Contestant:
-    return Contestant(name, "neuron_select", {"num_experts": E, **options}, kind="ours", streams=True)
+    own = {"num_experts": E, **options}
+    return Contestant(name, "neuron_select", own, kind="ours", streams=True, ablation=bool(options))
 
 
 def _width(name: str, **options: Any) -> Contestant:
-    return Contestant(name, "width_shrink", {"keep": K, **options}, axis="width", kind="ours", streams=True)
+    own = {"keep": K, **options}
+    return Contestant(name, "width_shrink", own, axis="width", kind="ours", streams=True, ablation=bool(options))
 
 
 CONTESTANTS = (
@@ -98,7 +105,7 @@ CONTESTANTS = (
     Contestant("HC-SMoE, router tied", "hc_smoe", {"num_experts": E, **TIED}, stock=False),
     Contestant("HC-SMoE, router mean", "hc_smoe", {"num_experts": E}),
     Contestant("MergeMoE, router tied", "mergemoe", {"num_experts": E, **TIED}, stock=False),
-    Contestant("MergeMoE, router mean", "mergemoe", {"num_experts": E}),
+    Contestant("MergeMoE, router mean", "mergemoe", {"num_experts": E}, ablation=True),
     Contestant("REAM", "ream", {"num_experts": E}),
     Contestant("REAP", "reap", {"num_experts": E}),
     _prune("frequency"),
@@ -182,12 +189,14 @@ class Case:
 
 def cases(models: list[str], seeds: int, only: list[str]) -> Iterator[Case]:
     """Every cell; what the conclusions rest on comes first."""
-    for draw in draws(seeds):
-        for reduction in sorted(REDUCTIONS, reverse=True):
-            for model in models:
-                for contestant in CONTESTANTS:
-                    if not only or contestant.method in only:
-                        yield Case(model, reduction, draw, contestant)
+    tables = [(draw, reduction) for draw in draws(seeds) for reduction in REDUCTIONS]
+    tables.sort(key=lambda t: (t[1] != max(REDUCTIONS) and t[0].seed > 0, t[1] != max(REDUCTIONS), t[0].seed))
+    for draw, reduction in tables:
+        for model in models:
+            for contestant in CONTESTANTS:
+                measured = draw == draws(seeds)[0] or not contestant.ablation
+                if measured and (not only or contestant.method in only):
+                    yield Case(model, reduction, draw, contestant)
 
 
 def losses(folder: Path) -> dict[str, float]:
@@ -223,13 +232,11 @@ def measure(case: Case, work: Path, base: dict[str, float], tokenizer: Any) -> d
     seconds = time.perf_counter() - began
     increase = {d: round(value - base[d], 6) for d, value in losses(out).items()}
     config = json.loads((out / "config.json").read_text())
-    report = json.loads((out / "merge_report.json").read_text())
+    shapes = [t.shape for t in open_folder(out, "out").tensors.values()]
     shutil.rmtree(out)
     return {
         "increase": {**increase, "mean": round(sum(increase.values()) / len(increase), 6)},
-        "parameters": sum(int(np.prod(t["shape"])) for t in report["tensors"].values())
-        if isinstance(report["tensors"], dict)
-        else sum(int(np.prod(t["shape"])) for t in report["tensors"]),
+        "parameters": sum(int(np.prod(shape)) for shape in shapes),
         "experts": config.get("num_experts", config.get("num_local_experts")),
         "width": config.get("moe_intermediate_size", config.get("intermediate_size")),
         "seconds": round(seconds, 1),

@@ -8,6 +8,7 @@ from typing import Any
 
 from mergekit_lr.arch.moe import MoeLayer
 from mergekit_lr.arch.moe_config import groups_of, top_k
+from mergekit_lr.errors import CheckpointError
 from mergekit_lr.experts.budget import Concentration, promising, splits
 from mergekit_lr.experts.narrow import Narrow
 from mergekit_lr.experts.problem import Fit, Reduced
@@ -39,7 +40,9 @@ class MoeBudget(ExpertRefit):
 
     class Merge(RefitParameters):
         keep: float = parameter(gt=0, le=1, description="share of the expert parameters that is kept")
-        multiple: int = parameter(8, ge=1, le=1024, description="the new width is a multiple of this")
+        multiple: int = parameter(
+            8, ge=1, le=1024, description="a new width is a multiple of this; grouped products of bfloat16 need 8"
+        )
         candidates: int = parameter(4, ge=2, le=16, description="pairs of expert count and width to consider")
 
     def shape(self, job: Job, prepared: Path | None) -> tuple[int, int]:
@@ -51,7 +54,7 @@ class MoeBudget(ExpertRefit):
 
     def _pairs(self, job: Job) -> list[tuple[int, int]]:
         groups = groups_of(job.config, job.first.family)
-        return splits(
+        found = splits(
             job.first.experts,
             job.first.width,
             job.p.keep,
@@ -60,6 +63,15 @@ class MoeBudget(ExpertRefit):
             count=job.p.candidates,
             groups=groups,
         )
+        if not found:
+            raise CheckpointError(
+                f"no number and width of experts keeps {job.p.keep} of the expert parameters",
+                where=job.checkpoint.reference,
+                why=f"its layers have {job.first.experts} experts of width {job.first.width}, "
+                f"and widths are multiples of {job.p.multiple}",
+                fix="give a larger keep, or a smaller multiple",
+            )
+        return found
 
     def layers_in(self, job: Job, prepared: Path) -> Path:
         return prepared / _folder(self.shape(job, prepared))

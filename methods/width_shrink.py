@@ -34,8 +34,12 @@ class WidthShrink(ExpertRefit):
     source = Source("this project; related work: HEAPr", arxiv="2509.22299")
 
     class Merge(RefitParameters):
-        keep: float = parameter(gt=0, le=1, description="share of each expert's neurons that is kept; 1 changes nothing")
-        multiple: int = parameter(8, ge=1, le=1024, description="the new width is a multiple of this")
+        keep: float = parameter(
+            gt=0, le=1, description="share of each expert's neurons that is kept; 1 changes nothing"
+        )
+        multiple: int = parameter(
+            8, ge=1, le=1024, description="a new width is a multiple of this; grouped products of bfloat16 need 8"
+        )
         selection: Selection = parameter(
             "pivoted", description="`pivoted`: least squares, one neuron after the other; `energy`: each by itself"
         )

@@ -55,7 +55,6 @@ def splits(
     """
     if keep >= 1.0:
         return [(experts, width)]
-    unit = multiple if keep * width >= multiple else 1
     step = groups.count if groups else 1
     budget = keep * experts * width
     fewest = max(least, int(keep * experts))
@@ -63,7 +62,7 @@ def splits(
     for i in range(count):
         share = i / max(1, count - 1)
         n = max(step, round((experts - share * (experts - fewest)) / step) * step)
-        wide = min(width, int(budget / n / unit) * unit)
+        wide = width if n * width <= budget else int(budget / n / multiple) * multiple
         if wide > 0 and n >= least:
             found[n, wide] = None
     return list(found)

@@ -322,4 +322,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     fs.write_file(partial, (json.dumps(content, indent=1) + "\n").encode())
     fs.rename(partial, path)
-

@@ -18,7 +18,9 @@ E, WIDTH, H, TOKENS = 4, 5, 6, 800
 
 def a_layer(seed: int = 0, experts: int = E) -> tuple[ExpertBank, torch.Tensor, Routing]:
     g = torch.Generator().manual_seed(seed)
-    gate, up, down = (torch.randn(s, generator=g) for s in ((experts, WIDTH, H), (experts, WIDTH, H), (experts, H, WIDTH)))
+    gate, up, down = (
+        torch.randn(s, generator=g) for s in ((experts, WIDTH, H), (experts, WIDTH, H), (experts, H, WIDTH))
+    )
     inputs = torch.randn(TOKENS, H, generator=g)
     logits = torch.randn(TOKENS, experts, generator=g)
     weights, indices = torch.softmax(logits, -1).topk(2)
