@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ from zoo.train import WINDOW, heldout_loss
 import mergekit_lr
 from mergekit_lr.checkpoint.model import open_folder
 
+HERE = Path(__file__).resolve().parent
 MODELS = ("qwen3-moe", "mixtral")
 REDUCTIONS = (0.25, 0.5)
 SHIFT = "german"
@@ -243,6 +243,17 @@ def measure(case: Case, work: Path, base: dict[str, float], tokenizer: Any) -> d
     }
 
 
+def _shape(folder: Path) -> dict[str, int]:
+    config = json.loads((folder / "config.json").read_text())
+    return {
+        "layers": config["num_hidden_layers"],
+        "hidden": config["hidden_size"],
+        "experts": config.get("num_experts", config.get("num_local_experts")),
+        "width": config.get("moe_intermediate_size", config["intermediate_size"]),
+        "per_token": config["num_experts_per_tok"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What reducing the experts of a mixture costs.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
@@ -251,12 +262,14 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.result.parent.mkdir(exist_ok=True)
     found: dict[str, Any] = json.loads(options.result.read_text()) if options.result.exists() else {"cases": {}}
     found |= {"machine": machine(), "samples": SAMPLES, "sequence_length": LENGTH, "heldout_windows": WINDOWS}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         bases = {m: losses(WORK / m) for m in options.models}
         found["base"] = found.get("base", {}) | bases
+        found["models"] = found.get("models", {}) | {m: _shape(WORK / m) for m in options.models}
         for case in cases(options.models, options.seeds, options.only):
             if case.key in found["cases"]:
                 continue
@@ -267,6 +280,10 @@ def main() -> None:
             partial = options.result.with_suffix(".partial")
             partial.write_text(json.dumps(found, indent=1) + "\n")
             partial.replace(options.result)
+    if options.result == RESULT:
+        from moe_tables import write
+
+        write(RESULT)
 
 
 if __name__ == "__main__":
