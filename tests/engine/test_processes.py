@@ -125,7 +125,7 @@ from mergekit_lr import merge
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.engine import processes
 processes.FORK_FROM = 0
-fs.set_hook(lambda operation, path: time.sleep(0.05))
+fs.set_hook(lambda operation, path: time.sleep(0.2))
 merge(json.loads(sys.argv[1]), sys.argv[2], device="cpu", threads=2)
 """
 
