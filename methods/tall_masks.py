@@ -8,20 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mergekit_lr.bundle.manifest import Entry, Manifest
-from mergekit_lr.bundle.manifest import Task as Packed
+from mergekit_lr.bundle.manifest import Entry
 from mergekit_lr.bundle.masking import Packing, pack_tensor
 from mergekit_lr.bundle.masks import packed_bytes
-from mergekit_lr.bundle.packing import identity, storage_table, task_names, verbatim
-from mergekit_lr.checkpoint.dtypes import AVERAGED, RECIPE_DTYPES
+from mergekit_lr.bundle.packing import BundleLayout
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint
-from mergekit_lr.graph.build import refuse_quantised
 from mergekit_lr.graph.nodes import Result, Sink, Task
-from mergekit_lr.graph.nodes import Source as Tensor
 from mergekit_lr.method import Base, Parameters, Source, parameter
 from mergekit_lr.recipe import Recipe
-from mergekit_lr.rewrite import Desk, Kind, Outline, Rewrite, model_order
+from mergekit_lr.rewrite import Desk, Kind, Outline, Rewrite
 
 Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"]
 
@@ -67,117 +63,47 @@ class TallMasks(Rewrite):
         )
 
     def outline(self, recipe: Recipe, inputs: Mapping[str, Checkpoint], prepared: Path | None) -> Outline:
-        models = model_order(recipe)
-        refuse_quantised([inputs[m] for m in models])
-        entries = recipe.groups[0].inputs
-        names = task_names(entries)
-        layout = _Layout(recipe, inputs, models, dict(zip(names, (str(e.reference) for e in entries), strict=True)))
-        layout.run()
-        base = inputs[models[0]]
-        packed = [inputs[str(e.reference)] for e in entries]
-        storage = storage_table(layout.sinks, packed)
-        manifest = Manifest(
-            method=self.name,
-            tasks=tuple(
-                Packed(n, str(e.reference), {"files": identity(c)})
-                for n, e, c in zip(names, entries, packed, strict=True)
-            ),
-            parameters=recipe.canonical()["parameters"],
-            base={"model": models[0], "files": identity(base)},
-            entries=tuple(layout.entries),
-            storage=storage,
-        )
-        return Outline(
-            tuple(models),
-            tuple(layout.sinks),
-            tuple(layout.tasks),
-            dropped=tuple(layout.dropped),
-            details={"storage": storage},
-            bundle=manifest,
-        )
+        layout = BundleLayout(recipe, inputs)
+        layout.run(_masked)
+        return layout.outline(self.name)
 
     def compute(self, task: Task, desk: Desk) -> None:
         desk.note(pack_tensor(task.call, desk))
 
 
-class _Layout:
-    """What the bundle stores, tensor by tensor of the base and then what only tasks have."""
-
-    def __init__(
-        self, recipe: Recipe, inputs: Mapping[str, Checkpoint], models: list[str], references: Mapping[str, str]
-    ) -> None:
-        self.recipe, self.models = recipe, models
-        self.base = inputs[models[0]]
-        self.tasks_of = {t: inputs[r] for t, r in references.items()}
-        self.numbers = {t: models.index(r) for t, r in references.items()}
-        self.sinks: list[Sink] = []
-        self.tasks: list[Task] = []
-        self.entries: list[Entry] = []
-        self.dropped: list[tuple[str, str, str]] = []
-
-    def run(self) -> None:
-        for name, info in self.base.tensors.items():
-            alike = [t for t, c in self.tasks_of.items() if _alike(info, c.tensors.get(name))]
-            if alike:
-                self._masked(name, info, alike)
-            else:
-                self.dropped.append((self.models[0], name, "no task has it as the base does"))
-            for t in self.tasks_of:
-                if t not in alike:
-                    self._verbatim(t, name)
-        for t, checkpoint in self.tasks_of.items():
-            for name in checkpoint.tensors:
-                if name not in self.base.tensors:
-                    self._verbatim(t, name)
-
-    def _verbatim(self, task: str, name: str) -> None:
-        checkpoint = self.tasks_of[task]
-        if name not in checkpoint.tensors:
-            return
-        own, info = checkpoint.tensors[name], self.base.tensors.get(name)
-        why = "the base does not have it" if info is None else "its shape is not the base's"
-        if own.dtype not in AVERAGED:
-            why = f"{own.dtype} is not averaged"
-        sink, entry = verbatim(task, self.numbers[task], checkpoint, name, why)
-        self.sinks.append(sink)
-        self.entries.append(entry)
-
-    def _masked(self, name: str, info: TensorInfo, tasks: list[str]) -> None:
-        merge, each = self.recipe.groups[0].resolve(name, 0.0)
-        lambdas = [p.lam for t, p in zip(self.tasks_of, each, strict=True) if t in tasks]  # type: ignore[attr-defined]
-        out = RECIPE_DTYPES[self.recipe.output_dtype] if self.recipe.output_dtype else info.dtype
-        fitted = merge.factor == "fitted"  # type: ignore[attr-defined]
-        number = len(self.tasks)
-        masks = [f"mask/{t}/{name}" for t in tasks]
-        mask_bytes = (packed_bytes(info.numel),)
-        self.sinks += [
-            Sink(f"base/{name}", out, info.shape, Result(number, 0), "stored: base"),
-            Sink(f"vector/{name}", out, info.shape, Result(number, 1), "stored: multi-task vector"),
-            *(Sink(m, "U8", mask_bytes, Result(number, 2 + i), "stored: mask") for i, m in enumerate(masks)),
-        ]
-        own: dict[str, tuple[str, ...]] = {t: (m,) for t, m in zip(tasks, masks, strict=True)}
-        rows: dict[str, dict[str, Any]] = {}
-        if fitted:
-            fit = f"fit/{name}"
-            self.sinks.append(Sink(fit, "F32", (len(tasks), 2), Result(number, 2 + len(tasks)), "stored: fit"))
-            own = {t: (*parts, fit) for t, parts in own.items()}
-            rows = {t: {"row": i} for i, t in enumerate(tasks)}
-        shared = (f"base/{name}", f"vector/{name}")
-        self.entries.append(Entry(name, out, info.shape, "masked", shared, own, numbers=rows))
-        checkpoints = [self.tasks_of[t] for t in tasks]
-        call = Packing(
-            name=name,
-            shape=info.shape,
-            stored=(info.dtype, *(c.tensors[name].dtype for c in checkpoints)),
-            out=out,
-            lambdas=tuple(None if x == "auto" else float(x) for x in lambdas),
-            ties=merge.multi_task == "ties",  # type: ignore[attr-defined]
-            density=merge.density,  # type: ignore[attr-defined]
-            factor=fitted,
-        )
-        sources = (Tensor(0, name), *(Tensor(self.numbers[t], name) for t in tasks))
-        self.tasks.append(Task("tall_masks", name, sources, call, held=len(tasks) + 4))
-
-
-def _alike(info: TensorInfo, own: TensorInfo | None) -> bool:
-    return own is not None and own.shape == info.shape and {own.dtype, info.dtype} <= AVERAGED
+def _masked(layout: BundleLayout, info: TensorInfo, tasks: list[str]) -> None:
+    """One tensor: base, vector, a mask for each task, and what was fitted."""
+    name = info.name
+    merge, each = layout.recipe.groups[0].resolve(name, 0.0)
+    assert isinstance(merge, TallMasks.Merge)
+    lambdas = [p.lam for t, p in zip(layout.tasks_of, each, strict=True) if t in tasks]  # type: ignore[attr-defined]
+    number, out = len(layout.tasks), layout.dtype(info)
+    masks = [f"mask/{t}/{name}" for t in tasks]
+    layout.sinks += [
+        Sink(f"base/{name}", out, info.shape, Result(number, 0), "stored: base"),
+        Sink(f"vector/{name}", out, info.shape, Result(number, 1), "stored: multi-task vector"),
+        *(
+            Sink(m, "U8", (packed_bytes(info.numel),), Result(number, 2 + i), "stored: mask")
+            for i, m in enumerate(masks)
+        ),
+    ]
+    own: dict[str, tuple[str, ...]] = {t: (m,) for t, m in zip(tasks, masks, strict=True)}
+    rows: dict[str, dict[str, Any]] = {}
+    if merge.factor == "fitted":
+        fit = f"fit/{name}"
+        layout.sinks.append(Sink(fit, "F32", (len(tasks), 2), Result(number, 2 + len(tasks)), "stored: fit"))
+        own = {t: (*parts, fit) for t, parts in own.items()}
+        rows = {t: {"row": i} for i, t in enumerate(tasks)}
+    shared = (f"base/{name}", f"vector/{name}")
+    layout.entries.append(Entry(name, out, info.shape, "masked", shared, own, numbers=rows))
+    call = Packing(
+        name=name,
+        shape=info.shape,
+        stored=layout.stored_dtypes(name, tasks),
+        out=out,
+        lambdas=tuple(None if x == "auto" else float(x) for x in lambdas),
+        ties=merge.multi_task == "ties",
+        density=merge.density,
+        factor=merge.factor == "fitted",
+    )
+    layout.tasks.append(Task("tall_masks", name, layout.sources(name, tasks), call, held=len(tasks) + 4))
