@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mergekit_lr.bundle.grid import Open, choose, chosen
 from mergekit_lr.bundle.manifest import Entry
 from mergekit_lr.bundle.masking import Packing, pack_tensor
 from mergekit_lr.bundle.masks import packed_bytes
 from mergekit_lr.bundle.packing import BundleLayout
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.errors import RecipeError
 from mergekit_lr.graph.nodes import Result, Sink, Task
 from mergekit_lr.method import Base, Parameters, Source, parameter
 from mergekit_lr.recipe import Recipe
-from mergekit_lr.rewrite import Desk, Kind, Outline, Rewrite
+from mergekit_lr.rewrite import Desk, Kind, Outline, Preparation, Rewrite
 
-Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"]
+Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto", "grid"]
 
 
 class TallMasks(Rewrite):
@@ -40,7 +43,8 @@ class TallMasks(Rewrite):
     summary = "pack task models: one multi-task vector, and one bit an entry for each task"
     source = Source("Localizing task information (TALL masks)", arxiv="2405.07813")
     base = Base.REQUIRED
-    settings = frozenset({"names"})
+    settings = frozenset({"names", "calibration"})
+    prepares = True
     kind: ClassVar[Kind] = "bundle"
 
     class Merge(Parameters):
@@ -58,25 +62,58 @@ class TallMasks(Rewrite):
         lam: Lambda = parameter(
             0.4,
             alias="lambda",
-            description="how selective the task's mask is; auto leaves the least of the task vector, which is 1 "
-            "without a fitted factor and the best of 0.2 .. 1 for each tensor with one",
+            description="how selective the task's mask is; grid takes that of 0.2 .. 0.6 with the least loss on the "
+            "calibration text; auto leaves the least of the task vector, which is 1 without a fitted factor and the "
+            "best of 0.2 .. 1 for each tensor with one",
         )
 
     def outline(self, recipe: Recipe, inputs: Mapping[str, Checkpoint], prepared: Path | None) -> Outline:
         layout = BundleLayout(recipe, inputs)
-        layout.run(_masked)
-        return layout.outline(self.name)
+        measured = chosen(prepared)
+        tensors = _run(layout, {t: found["lambda"] for t, found in measured.items()})
+        outline = layout.outline(self.name)
+        left_open = _on_grid(tensors)
+        if recipe.calibration is not None and not left_open and not measured:
+            raise RecipeError("calibration is not used: no lambda is grid", where="recipe", fix="remove calibration")
+        if measured:
+            return replace(outline, details={**outline.details, "lambda": measured})
+        text = f"lambda of {', '.join(left_open)} is chosen on text before packing"
+        return replace(outline, warnings=(text,)) if left_open else outline
+
+    def prepare(self, work: Preparation) -> None:
+        tensors = _run(BundleLayout(work.recipe, work.inputs), {})
+        if left_open := _on_grid(tensors):
+            choose(work, tensors, left_open)
+
+    def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
+        if merge.factor == "fitted" and any(m.lam == "grid" for m in models):
+            return ["lambda: grid measures a factor of one; use lambda: auto with factor: fitted"]
+        return []
 
     def compute(self, task: Task, desk: Desk) -> None:
         desk.note(pack_tensor(task.call, desk))
 
 
-def _masked(layout: BundleLayout, info: TensorInfo, tasks: list[str]) -> None:
+def _run(layout: BundleLayout, measured: Mapping[str, float]) -> list[Open]:
+    """Lay out everything; returns each masked tensor with its tasks, a lambda of None where it is still open."""
+    tensors: list[Open] = []
+    layout.run(lambda layout, info, tasks: tensors.append(_masked(layout, info, tasks, measured)))
+    return tensors
+
+
+def _on_grid(tensors: Sequence[Open]) -> list[str]:
+    """Tasks that leave their lambda to the grid."""
+    return list(dict.fromkeys(t for x in tensors for t in x.on_grid))
+
+
+def _masked(layout: BundleLayout, info: TensorInfo, tasks: list[str], measured: Mapping[str, float]) -> Open:
     """One tensor: base, vector, a mask for each task, and what was fitted."""
     name = info.name
     merge, each = layout.recipe.groups[0].resolve(name, 0.0)
     assert isinstance(merge, TallMasks.Merge)
     lambdas = [p.lam for t, p in zip(layout.tasks_of, each, strict=True) if t in tasks]  # type: ignore[attr-defined]
+    on_grid = tuple(t for t, x in zip(tasks, lambdas, strict=True) if x == "grid" and t not in measured)
+    lambdas = [measured.get(t, "auto") if x == "grid" else x for t, x in zip(tasks, lambdas, strict=True)]
     number, out = len(layout.tasks), layout.dtype(info)
     masks = [f"mask/{t}/{name}" for t in tasks]
     layout.sinks += [
@@ -107,3 +144,5 @@ def _masked(layout: BundleLayout, info: TensorInfo, tasks: list[str]) -> None:
         factor=merge.factor == "fitted",
     )
     layout.tasks.append(Task("tall_masks", name, layout.sources(name, tasks), call, held=len(tasks) + 4))
+    checkpoints = (layout.base, *(layout.tasks_of[t] for t in tasks))
+    return Open(call, tuple(tasks), checkpoints, on_grid)
