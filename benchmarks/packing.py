@@ -241,7 +241,8 @@ def speed_table(found: dict[str, Any]) -> str:
             f"(formula {found['formula']:.4f}) | within 2 % | {mark(off <= SIZE)} |",
             f"| `recover` {median(found['recover_seconds']):.2f} s, floor {median(found['floor_seconds']):.2f} s | "
             f"{found['recover_ratio']:.2f}x | at most {RECOVER}x | {mark(found['recover_ratio'] <= RECOVER)} |",
-            f"| `load_into` {median(found['swap_gb_per_s']):.1f} GB/s, copy {median(found['copy_gb_per_s']):.1f} GB/s | "
+            f"| `load_into` {median(found['swap_gb_per_s']):.1f} GB/s, "
+            f"copy {median(found['copy_gb_per_s']):.1f} GB/s | "
             f"{100 * found['swap_ratio']:.0f} % | at least {100 * SWAP:.0f} % | {mark(found['swap_ratio'] >= SWAP)} |",
             "",
             f"{found['parameters'] / 1e6:.0f} million bf16 parameters; packed in {found['pack_seconds']:.1f} s. "
