@@ -93,7 +93,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
             say(f"interrupted{kept}")
             raise typer.Exit(INTERRUPTED) from None
 
-    app.command(context_settings=CONTEXT)(run)
+    app.command(body.__name__.replace("_", "-"), context_settings=CONTEXT)(run)
     return run
 
 
@@ -267,6 +267,75 @@ def schema() -> None:
 
 
 @command
+def extract_lora(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The fine-tune: folder, file or Hub id.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that it was trained from.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Rank of every pair, or the most.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Smallest ranks that keep this share, such as 0.9.")
+    ] = None,
+    embeddings: Annotated[
+        str, typer.Option(metavar="save|lora|drop", help="What becomes of token embeddings and output heads.")
+    ] = "save",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Only matrices whose name matches get a pair.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave tensors out whose name matches.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16|float16", help="What pairs are stored in.")
+    ] = "float32",
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
+    ] = False,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a fine-tune changed as a PEFT LoRA adapter of its base."""
+    import mergekit_lr
+    from mergekit_lr.cli_text import extraction_lines
+    from mergekit_lr.progress import show_progress
+
+    with show_progress(quiet) as progress:
+        result = mergekit_lr.extract_lora(
+            model,
+            base,
+            out,
+            rank=rank,
+            energy=energy,
+            embeddings=embeddings,  # type: ignore[arg-type]  # checked there
+            include=include or (),
+            exclude=exclude or (),
+            dtype=dtype,
+            device=device,
+            max_memory=max_memory,
+            threads=threads,
+            resume=resume,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    if not quiet:
+        for line in result.report["warnings"]:
+            say(f"warning: {line}")
+        for line in extraction_lines(result.report):
+            say(line)
+    if as_json:
+        print_json({"out": str(result.out), **result.report})
+    else:
+        print(result.out)
+
+
+@command
 def eval(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model.", show_default=False)],
     more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
@@ -369,6 +438,54 @@ def calibrate(
         print_json(result)
     else:
         print(result["out"])
+
+
+@command
+def barrier(
+    recipe: RecipePath,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE...", help="Text to measure on; several may follow.", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="inputs and labels (.safetensors), for a model without config.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw curves and layers.")] = None,
+    points: Annotated[int, typer.Option(metavar="N", min=3, help="Places between the two models.")] = 11,
+    activation: Annotated[
+        str, typer.Option(metavar="NAME", help="Of a model without config: relu, gelu, ...")
+    ] = "relu",
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens measured of each text. [default: all]")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the loss between the two models of a weight_matching RECIPE, as they are and aligned."""
+    import mergekit_lr
+    from mergekit_lr.engine.plan import choose_device
+    from mergekit_lr.matching.barrier import write_plot
+
+    result = mergekit_lr.barrier(
+        recipe,
+        text=[*(text or []), *(more or [])],
+        data=data,
+        points=points,
+        activation=activation,
+        max_tokens=max_tokens,
+        device=choose_device(device),
+        tell=None if quiet else lambda done, total, what: say(f"{done + 1}/{total} {what}"),
+    )
+    if plot is not None:
+        write_plot(result, plot)
+    if as_json:
+        print_json(result)
+    else:
+        for i, t in enumerate(result["t"]):
+            print(f"t {t:.2f}   as they are {result['naive'][i]:.4f}   matched {result['matched'][i]:.4f}")
+        print(f"barrier: as they are {result['barrier_naive']:.4f}, matched {result['barrier_matched']:.4f}")
 
 
 from mergekit_lr import cli_curvature as _curvature  # noqa: E402, F401 (registers its commands with `command`)

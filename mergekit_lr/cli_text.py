@@ -51,6 +51,20 @@ def _parameter_lines(parameter: dict[str, Any]) -> list[str]:
     return [f"  {parameter['name']}: {', '.join(facts)}", *(f"      {line}" for line in meaning)]
 
 
+def extraction_lines(report: dict[str, Any]) -> list[str]:
+    """What an adapter holds, and the modules that lost most."""
+    modules = report["modules"]
+    share = report["bytes"] / max(report["bytes_of_model"], 1)
+    lines = [
+        f"{len(modules)} matrices as low-rank pairs, {len(report['saved'])} tensors whole, "
+        f"{report['bytes'] / 2**20:,.2f} MiB ({share:.1%} of the model)",
+        f"relative error of all pairs together {report['relative_error']:.4f}",
+    ]
+    worst = sorted(modules, key=lambda m: -modules[m]["relative_error"])[:3]
+    lines += [f"  {modules[m]['relative_error']:.4f}  rank {modules[m]['rank']}  {m}" for m in worst]
+    return lines + [f"{name} {rule}" for name, rule in report["dropped"].items()]
+
+
 def loss_lines(result: dict[str, Any]) -> list[str]:
     """A row for each text: nats per token, nats per byte, perplexity, tokens."""
     rows = [("text", "nats/token", "nats/byte", "perplexity", "tokens")]

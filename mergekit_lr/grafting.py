@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lr.method import Call, Piece, Statistics
 from mergekit_lr.preconditioned import bias_correction, precondition, saliency
 from mergekit_lr.selection import Cut, ModelCut, Want, count_to_keep, select, select_model_wide
-from mergekit_lr.statistics import Float64, Sum
+from mergekit_lr.statistics import Sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -57,9 +57,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=False)
 
 
-def parameter(
-    default: Any = PydanticUndefined, *, description: str, alias: str | None = None, **limits: Any
-) -> Any:
+def parameter(default: Any = PydanticUndefined, *, description: str, alias: str | None = None, **limits: Any) -> Any:
     """A method parameter: a pydantic field that must carry a description. No default means required."""
     return Field(default=default, description=description, alias=alias, **limits)
 
@@ -129,13 +127,15 @@ class Piece:
     """A part of one tensor across all inputs.
 
     ``tensors``: fp32, one per model, deltas if the method's space is delta. ``base``: the same part of the base
-    in fp32, when there is one. ``start``: index of the first element in the flattened tensor. ``extra``: each
-    model's companion in fp32, the same part as ``tensors``, or a whole Gram; empty where the tensor has none.
+    in fp32, when there is one. ``start``: index of the first element in the flattened tensor. ``counts``: what
+    ``merge`` wants said of this piece in the report, by name; added up over the tensor and over the model. ``extra``:
+    each model's companion in fp32, the same part as ``tensors``, or a whole Gram; empty where the tensor has none.
     """
 
     tensors: list[Tensor]
     base: Tensor | None
     start: int
+    counts: dict[str, int] = field(default_factory=dict)
     extra: list[Tensor] = field(default_factory=list)
 
     @property

@@ -34,9 +34,7 @@ def element_count(shape: tuple[int, ...]) -> int:
     return n
 
 
-def spans(
-    shape: tuple[int, ...], slicing: Slicing, most: int, start: int = 0, stop: int | None = None
-) -> list[Span]:
+def spans(shape: tuple[int, ...], slicing: Slicing, most: int, start: int = 0, stop: int | None = None) -> list[Span]:
     """Cut a tensor into pieces of at most about ``most`` elements, where ``slicing`` allows.
 
     ``start`` and ``stop`` choose a run of elements, ``start`` on the grid; only elementwise tensors have parts.
@@ -141,7 +139,7 @@ def apply(
         b = None if reference is None else reference[span.start : span.stop].reshape(span.shape)
         cut = [t[span.start : span.stop].reshape(span.shape) for t in flat]
         more = beside if gram else [x.reshape(-1)[span.start : span.stop].reshape(span.shape) for x in beside]
-        return Piece([t - b for t in cut] if delta and b is not None else cut, b, span.start, more)
+        return Piece([t - b for t in cut] if delta and b is not None else cut, b, span.start, extra=more)
 
     def look(wanted: Pass[Any, Any]) -> Any:
         chosen = sample_spans(call.shape, wanted.sample) if wanted.sample else whole

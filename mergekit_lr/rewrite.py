@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from mergekit_lr.bundle.manifest import Manifest
     from mergekit_lr.checkpoint.model import Checkpoint
     from mergekit_lr.graph.nodes import Sink, Task
     from mergekit_lr.recipe.schema import Recipe
 
-Kind = Literal["model", "bundle"]
+Kind = Literal["model", "bundle", "adapter"]
 Tell = Callable[[int, int, str], None]
 
 
@@ -56,8 +57,9 @@ class Outline:
     tokenizer the output gets. ``extra``: opened files beside the recipe's models (statistics, prepared tensors), by
     name; they may be used in ``models``. ``sinks``, ``tasks``, ``dropped``: as in `MergeGraph`. ``config``: the whole
     config.json of the output, None for the first model's. ``files``: small files to write beside the tensors.
-    ``kind``: a ``bundle`` keeps config and tokenizer under ``shared/`` and no model at its root. ``details``: plain
-    data for ``merge_report.json``.
+    ``kind``: a ``bundle`` keeps config and tokenizer under ``shared/`` and no model at its root; an ``adapter`` is one
+    file of tensors, and has neither. ``details``: plain data for ``merge_report.json``. ``card``: Markdown at the end
+    of the model card. ``bundle``: what ``bundle.json`` says, but for the digests.
     """
 
     models: tuple[str, ...]
@@ -69,6 +71,8 @@ class Outline:
     extra: Mapping[str, Checkpoint] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    card: str = ""
+    bundle: Manifest | None = None
 
 
 class Desk(Protocol):
@@ -105,11 +109,12 @@ class Desk(Protocol):
 class Rewrite(Declared):
     """A method that lays out its own output.
 
-    ``kind``: what it writes. ``prepares``: whether `prepare` does anything.
+    ``kind``: what it writes. ``prepares``: whether `prepare` does anything. ``reads_bundles``: its models are bundles.
     """
 
     kind: ClassVar[Kind] = "model"
     prepares: ClassVar[bool] = False
+    reads_bundles: ClassVar[bool] = False
 
     def prepare(self, work: Preparation) -> None:
         """Find out what must be known before the output can be laid out or computed; keep it in ``work.folder``.

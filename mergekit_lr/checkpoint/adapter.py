@@ -36,7 +36,7 @@ _USED = {
 # part of W into the adapter, so that W + scale * B A is not the trained model unless the adapter was converted.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 
 _PREFIX = "base_model.model."
 _PARTS = re.compile(
@@ -292,7 +292,7 @@ def _fit(
         return rank, True
     if plain and turned:  # a square weight: the shapes do not say
         model_type = (base.config or {}).get("model_type")
-        conv1d = model_type in _CONV1D_MODELS and not _is_head(f"{module}.weight")
+        conv1d = model_type in CONV1D_MODELS and not _is_head(f"{module}.weight")
         return rank, conv1d or config.fan_in_fan_out
     return rank, turned
 

@@ -262,7 +262,7 @@ def _assemble(
     parts = []
     for shard in sorted(paths):
         header = read_header(paths[shard])
-        parts.append(Part(paths[shard], header, _stamp(paths[shard], header), chosen[shard]))
+        parts.append(Part(paths[shard], header, stamp_of(paths[shard], header), chosen[shard]))
     return assemble(Checkpoint(reference, folder, config, {}, {}, ()), parts)
 
 
@@ -308,7 +308,7 @@ def assemble(checkpoint: AnyCheckpoint, parts: Iterable[Part]) -> AnyCheckpoint:
     return checkpoint
 
 
-def _stamp(path: Path, header: Header) -> Stamp:
+def stamp_of(path: Path, header: Header) -> Stamp:
     s = path.stat()
     if s.st_size != header.file_size:
         raise CheckpointError("the file changed while it was opened", where=str(path), fix="run again")

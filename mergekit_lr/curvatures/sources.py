@@ -216,8 +216,8 @@ def _deepspeed(folder: Path) -> Moments:
 
 def _safetensors(path: Path) -> Moments:
     """A file under the weights' names, full or as sums; the way to compress one, or to correct its bias."""
+    from mergekit_lr.checkpoint.companion import COLUMN, ROW, open_companion
     from mergekit_lr.curvature_weights import COMPANION
-    from mergekit_lr.checkpoint.companion import ROW, COLUMN, open_companion
 
     opened = open_companion(str(path), COMPANION.suffixes, what="second moments", make=COMPANION.make, factored=True)
     facts = dict(opened.facts)

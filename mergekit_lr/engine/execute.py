@@ -16,7 +16,7 @@ from mergekit_lr.engine.desk import TaskDesk
 from mergekit_lr.engine.finite import check_companion, complain
 from mergekit_lr.engine.fused import Fused, fused_sum
 from mergekit_lr.engine.job import Job, Stopped
-from mergekit_lr.engine.output import Output
+from mergekit_lr.engine.output import Output, add_counts
 from mergekit_lr.engine.units import Unit, slicing_of
 from mergekit_lr.graph.nodes import Delta, Operation, Restore, Result, Sink, Source, operation_of, sources_of
 from mergekit_lr.lazy import torch
@@ -60,6 +60,8 @@ class Worker:
         record: dict[str, Any] = {"unit": unit.key(self.job.graph), "chunks": out.digests.finish()}
         if operation is not None:
             record["max_abs"] = out.largest
+            if out.counts:
+                record["counts"] = out.counts
         self.job.journal.record(record)
 
     def _copy(self, source: Source, unit: Unit, out: Output) -> None:
@@ -85,6 +87,7 @@ class Worker:
                     if not method.exposes_nonfinite:
                         self.check_inputs(operation, piece)
                     merged = method.merge(operation.call, piece, state)
+                    add_counts(out.counts, piece.counts)
                     if isinstance(sink.value, Restore):
                         assert piece.base is not None
                         merged = merged.add_(piece.base)
@@ -123,7 +126,7 @@ class Worker:
             wanted += operation.companions
         wide = self._widen([read.values[s] for s in wanted], read, span)
         n = len(operation.inputs)
-        tensors = list(wide[:n])
+        tensors = list(wide[:n].unbind())
         base = wide[n] if operation.base is not None else None
         for x, value in zip(tensors, operation.inputs, strict=True):
             if isinstance(value, Delta):
@@ -131,7 +134,7 @@ class Worker:
                 x.sub_(base)
         shaped = [x.view(span.shape) for x in tensors]
         extra = self._extra(operation, read, wide[len(wanted) - len(operation.companions) :], span)
-        return Piece(shaped, None if base is None else base.view(span.shape), span.start, extra)
+        return Piece(shaped, None if base is None else base.view(span.shape), span.start, extra=extra)
 
     def _extra(self, operation: Operation, read: Block, wide: Tensor, span: Span) -> list[Tensor]:
         """The companions of a piece in fp32, cut as it is or whole; checked."""
@@ -158,7 +161,7 @@ class Worker:
             shape = (len(values), max(span.numel, self.job.piece))
             room = self._wide = torch.empty(shape, dtype=torch.float32)
         wide = room[: len(values), : span.numel]
-        for row, value in zip(wide, values, strict=True):
+        for row, value in zip(wide.unbind(), values, strict=True):
             row.copy_(value[a:b])
         return wide
 

@@ -7,8 +7,10 @@ import resource
 from pathlib import Path
 from typing import Any
 
+from mergekit_lr.bundle.manifest import FILE as BUNDLE
 from mergekit_lr.engine.digest import ALGORITHM, combine
 from mergekit_lr.engine.job import Job
+from mergekit_lr.engine.output import add_counts
 from mergekit_lr.engine.plan import Plan
 from mergekit_lr.graph.nodes import Result
 from mergekit_lr.rewrite import Rewrite
@@ -20,6 +22,8 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
     chunks: dict[str, list[tuple[int, list[str]]]] = {}
     largest: dict[str, float] = {}
     notes: dict[str, Any] = {}
+    counts: dict[str, dict[str, int]] = {}
+    total: dict[str, int] = {}
     for unit in plan.units:
         record = job.journal.done[unit.key(plan.graph)]
         name = plan.graph.sinks[unit.sink].name
@@ -29,6 +33,8 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
         value = plan.graph.sinks[unit.sink].value
         if "notes" in record and isinstance(value, Result):
             notes[plan.graph.tasks[value.task].key] = record["notes"]
+        add_counts(counts.setdefault(name, {}), record.get("counts", {}))
+        add_counts(total, record.get("counts", {}))
     digests = {n: combine(c for _, part in sorted(parts) for c in part) for n, parts in chunks.items()}
     tensors = [
         {
@@ -38,6 +44,7 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
             "shape": list(s.shape),
             "digest": digests[s.name],
             **({"max_abs": largest[s.name]} if s.name in largest else {}),
+            **({"counts": counts[s.name]} if counts[s.name] else {}),
         }
         for s in plan.graph.sinks
     ]
@@ -50,6 +57,7 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
         "rules": plan.graph.rules(),
         "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in plan.graph.dropped],
         "warnings": plan.warnings + job.warnings,
+        **({"counts": total} if total else {}),
         "digest_algorithm": ALGORITHM,
         "tensors": tensors,
         **({"details": plan.outline.details} if plan.outline and plan.outline.details else {}),
@@ -81,10 +89,14 @@ def small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
         files[plan.layout.index_file] = index
     files["mergekit_lr.yml"] = _pinned(plan).encode()
     extra = plan.outline.extra if plan.outline else {}
-    files["README.md"] = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models if m not in extra]).encode()
+    card = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models if m not in extra])
+    files["README.md"] = (card + (plan.outline.card if plan.outline else "")).encode()
     method = plan.recipe.method
     if isinstance(method, Rewrite):
         files |= method.files(plan.recipe, report)
+    if plan.outline is not None and plan.outline.bundle is not None:
+        digests = {t["name"]: t["digest"] for t in report["tensors"]}
+        files[BUNDLE] = plan.outline.bundle.complete(plan.layout.shards, digests, ALGORITHM).to_bytes()
     files["merge_report.json"] = (json.dumps(report, indent=1) + "\n").encode()
     return files
 

@@ -12,7 +12,7 @@ from mergekit_lr.graph.nodes import MergeGraph, Operation, Result, Sink, operati
 from mergekit_lr.method import GRID, Slicing
 from mergekit_lr.pieces import element_count
 
-PIECE = GRID  # elements that a method sees at once: every tensor of a piece stays in a core's own cache
+PIECE = 2 * GRID  # elements that a method sees at once: what it works on stays in the core's caches
 READ = 1 << 19  # elements read and written by one system call
 DEVICE_PIECE = 1 << 23  # on a GPU pieces are large enough to fill it
 TEMPORARIES = 6  # fp32 tensors of a piece's size that a method may hold beside its inputs

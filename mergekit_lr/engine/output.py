@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ class Output:
     room: Callable[[int, str], Tensor]  # scratch bytes for so many elements of a dtype
     digests: ChunkDigests = field(default_factory=ChunkDigests)
     largest: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
     written: int = 0
 
     @property
@@ -64,3 +65,9 @@ class Output:
 def inputs_counted(graph: MergeGraph, sink: Sink) -> int:
     """How many inputs of an output's size progress counts for it."""
     return 1 if operation_of(sink.value) is None else len(graph.files)
+
+
+def add_counts(total: dict[str, int], more: Mapping[str, int]) -> None:
+    """Add counts of the same names."""
+    for name, n in more.items():
+        total[name] = total.get(name, 0) + n

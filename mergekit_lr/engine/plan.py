@@ -6,12 +6,14 @@ import gc
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mergekit_lr.bundle.manifest import FILE as BUNDLE
 from mergekit_lr.checkpoint.dtypes import AVERAGED
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
@@ -20,7 +22,9 @@ from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.output import inputs_counted
 from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
+from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
+from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.companions import open_companions
 from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, Result, Sink
@@ -53,8 +57,8 @@ class Plan:
 
     @property
     def kind(self) -> Kind:
-        """What is written: a model, or a bundle that keeps a model's small files under ``shared/``."""
-        return "bundle" if _bundles(self.recipe) else "model"
+        """What is written: a model, an adapter, or a bundle with the small files of models under ``shared/``."""
+        return _kind(self.recipe)
 
     @property
     def bytes_in(self) -> int:
@@ -162,8 +166,9 @@ def planned(
 ) -> Iterator[Plan]:
     """Open the inputs, check them against each other, and lay everything out.
 
-    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. ``prepare`` is called
-    for a method that must find something out first, and returns the folder in which it kept that.
+    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. Without it, heads that
+    a tied reference has no place for are compared with their model's embeddings. ``prepare`` is called for a method
+    that must find something out first, and returns the folder in which it kept that.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -182,6 +187,8 @@ def planned(
             plan = _lay_out(loaded, inputs, settings, prepared)
             for name in plan.inputs.keys() - inputs.keys():
                 stack.callback(plan.inputs[name].close)
+        if not headers_only:
+            refuse_untied_heads(plan.graph, plan.inputs)
         yield plan
 
 
@@ -206,11 +213,23 @@ def _opened(recipe: Recipe, stack: ExitStack, allow_pickle: bool, headers_only: 
     for reference in dict.fromkeys(references):
         opened = open_model(reference, allow_pickle=allow_pickle, headers_only=headers_only)
         stack.callback(opened.close)
+        _check_kind(opened, reads_bundles=isinstance(recipe.method, Rewrite) and recipe.method.reads_bundles)
         inputs[str(reference)] = opened
     beside = open_companions(recipe)
     for checkpoint in beside.values():
         stack.callback(checkpoint.close)
     return inputs | beside
+
+
+def _check_kind(opened: Checkpoint, *, reads_bundles: bool) -> None:
+    """A bundle's tensors have names and shapes like a model's: refuse to merge them by mistake."""
+    if opened.folder is not None and (opened.folder / BUNDLE).exists() and not reads_bundles:
+        raise CheckpointError(
+            "this is a bundle, not a model",
+            where=opened.reference,
+            why=f"it holds {BUNDLE}",
+            fix=f"recover one of its tasks first: mergekit-lr recover {opened.reference} TASK OUT",
+        )
 
 
 @dataclass(frozen=True)
@@ -240,11 +259,14 @@ def _lay_out(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, 
         graph = build_graph(recipe, inputs)
     merged = [inputs[m] for m in graph.models if outline is None or m not in outline.extra]
     check_vocabularies(merged)
-    kind = "bundle" if _bundles(recipe) else "model"
-    layout = lay_out(graph.sinks, settings.shard_size, kind)
+    kind = _kind(recipe)
+    stem = "adapter_model" if kind == "adapter" else kind
+    layout = lay_out(graph.sinks, sys.maxsize if kind == "adapter" else settings.shard_size, stem)
     slicing = {i: slicing_of(s) for i, s in enumerate(graph.sinks)}
     budget = make_budget(graph, slicing, settings.limit, settings.threads, settings.device)
     config, files, warnings = _small_files(recipe, inputs, graph, merged, outline)
+    if kind == "adapter":
+        config, files = None, {}
     if kind == "bundle":
         files = {f"shared/{name}": data for name, data in files.items()}
     if outline is not None:
@@ -266,7 +288,7 @@ def _small_files(
     """The output's config, what is carried over beside it, and warnings about everything that was found."""
     tokenizer = inputs[str(recipe.tokenizer_source)] if recipe.tokenizer_source else merged[0]
     picked = None if graph.layers is None else [(merged[m], layer) for m, layer in graph.layers]
-    whole = outline is None or not _bundles(recipe)
+    whole = _kind(recipe) == "model"
     dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED} if whole else set()
     edited = None if outline is None else outline.config
     config, config_warnings = merged_config(merged[0], dtypes, picked, edited)
@@ -302,8 +324,9 @@ def bytes_of(plan: Plan) -> int:
     return total
 
 
-def _bundles(recipe: Recipe) -> bool:
-    return isinstance(recipe.method, Rewrite) and recipe.method.kind == "bundle"
+def _kind(recipe: Recipe) -> Kind:
+    """What the recipe's output is."""
+    return recipe.method.kind if isinstance(recipe.method, Rewrite) else "model"
 
 
 def first_result(sink: Sink) -> bool:

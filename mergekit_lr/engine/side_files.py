@@ -69,10 +69,10 @@ def merged_config(
     Raises:
         CheckpointError: the config cannot describe the picked layers.
     """
-    if reference.config is None:
+    if reference.config is None and edited is None:
         return None, []
     warnings: list[str] = []
-    config: dict[str, Any] = dict(reference.config if edited is None else edited)
+    config: dict[str, Any] = dict(reference.config or {} if edited is None else edited)
     if layers is not None:
         config = relayered(config, reference.reference, [(c.config or config, c.reference, i) for c, i in layers])
     if "auto_map" in config and edited is None:

@@ -21,7 +21,10 @@ from mergekit_lr.recipe.walk import ROOT_KEYS, UNSUPPORTED
 from mergekit_lr.registry import builtin_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
-COMMANDS = ["", "merge", "plan", "check", "verify", "inspect", "methods", "schema", "eval", "calibrate"]
+COMMANDS = [
+    *("", "merge", "plan", "check", "verify", "inspect", "methods", "schema", "extract-lora", "eval"),
+    *("calibrate",),
+]
 
 
 def help_of(command: str) -> str:

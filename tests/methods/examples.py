@@ -23,6 +23,11 @@ NONE: list[dict[str, Any]] = [{}, {}, {}]
 EXAMPLES: dict[str, list[Example]] = {
     "breadcrumbs": [({}, [{**d, "gamma": 0.1} for d in DENSITIES]), ({"rescale": True}, DENSITIES)],
     "breadcrumbs_ties": [({"threshold_scope": "model"}, [{**d, "gamma": 0.1} for d in DENSITIES])],
+    "consensus": [
+        ({}, NONE),
+        ({"multi_task": "ties", "k": 1}, [{"lambda": 0.2, "density": 0.5}, {"lambda": 1.0}, {}]),
+        ({"multi_task": "ties", "threshold_scope": "tensor"}, NONE),
+    ],
     "dare_linear": [({}, DENSITIES), ({"rescale_by": "l1"}, DENSITIES)],
     "dare_ties": [({}, DENSITIES), ({"rescale_by": "l1", "normalize": True}, DENSITIES)],
     "della": [({}, DENSITIES), ({"epsilon_rule": "full", "rescale_by": "l1"}, DENSITIES)],
@@ -50,6 +55,7 @@ EXAMPLES: dict[str, list[Example]] = {
 UNANIMOUS: dict[str, Example] = {
     "breadcrumbs": ({}, WEIGHTS),
     "breadcrumbs_ties": ({}, WEIGHTS),
+    "consensus": ({"scale": 1 / 3}, NONE),
     "dare_linear": ({}, WEIGHTS),
     "dare_ties": ({}, WEIGHTS),
     "della": ({}, WEIGHTS),
