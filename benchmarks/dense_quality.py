@@ -6,7 +6,7 @@
 Needs ``examples/zoo/build/{python,c,german,joint}`` (see examples/README.md). Every merge is a recipe run by the engine
 with lambda 1 and float32 output; lambda, and nothing else, is then chosen for each row on calibration text (windows
 of *training* text of all four domains): the parabola through the losses at 0, 0.6 and 1.2, its minimum within 0.05 ..
-2. Held-out text decides nothing. Windows are spread evenly over it; rows of the comparison are measured on more of them.
+2. Windows of held-out text are spread evenly over it; rows of the comparison are measured on more of them.
 Files that the rows need (curvatures, Grams) are kept beside the result file and not made twice.
 """
 
@@ -29,18 +29,18 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
-from zoo import WORK, models
-from zoo.sources import DOMAINS
-from zoo.text import heldout_tokens, training_tokens
+from zoo import WORK, models  # noqa: E402
+from zoo.sources import DOMAINS  # noqa: E402
+from zoo.text import heldout_tokens, training_tokens  # noqa: E402
 
-import mergekit_lr
+import mergekit_lr  # noqa: E402
 
 EXPERTS = ("python", "c", "german")
 RESULT = ROOT / "benchmarks" / "results" / "dense-quality.json"
 DOC = ROOT / "docs" / "quality_dense.md"
 WINDOW = 256
 FISHER_ON, GRAMS_ON = 128, 64  # sequences
-CALIBRATION, SWEPT, COMPARED_ON = 5, 8, 32  # windows of each domain
+CALIBRATION, SWEPT, COMPARED_ON, TUNED_ON = 5, 8, 32, 12  # windows of each domain
 LAMBDAS = (0.6, 1.2)
 LIMITS = (0.05, 2.0)
 Losses = dict[str, float]
@@ -56,6 +56,15 @@ def windows_of(tokens: Any, count: int, seed: int | None = None) -> Tensor:
     return torch.from_numpy(np.stack([tokens[s : s + WINDOW].astype(np.int64) for s in starts]))
 
 
+def unmeasured(tokens: Any, count: int) -> Tensor:
+    """Evenly spread windows of held-out text that no row is measured on: what scales are chosen by."""
+    whole = len(tokens) // WINDOW
+    measured = {int(i) for n in (SWEPT, COMPARED_ON) for i in np.linspace(0, whole - 1, n).astype(int)}
+    free = [i for i in range(whole) if i not in measured]
+    chosen = [free[i] for i in np.linspace(0, len(free) - 1, count).astype(int)]
+    return torch.from_numpy(np.stack([tokens[i * WINDOW : (i + 1) * WINDOW].astype(np.int64) for i in chosen]))
+
+
 class Bench:
     """The base in memory, its experts on disk, and the texts."""
 
@@ -66,6 +75,7 @@ class Bench:
         self.calibration = {d: windows_of(training_tokens(d), CALIBRATION, seed=7) for d in DOMAINS}
         self.swept = {d: windows_of(heldout_tokens(d), SWEPT) for d in DOMAINS}
         self.compared = {d: windows_of(heldout_tokens(d), COMPARED_ON) for d in DOMAINS}
+        self.tuning = {d: unmeasured(heldout_tokens(d), TUNED_ON) for d in DOMAINS}
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.at_base: float | None = None
@@ -124,9 +134,7 @@ class Bench:
                 for part in rows.split(16):
                     logits = self.model(input_ids=part, use_cache=False).logits[:, :-1]
                     total += float(
-                        torch.nn.functional.cross_entropy(
-                            logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
-                        )
+                        torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
                     )
                 out[domain] = total / (len(rows) * (WINDOW - 1))
         return out

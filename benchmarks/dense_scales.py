@@ -1,9 +1,9 @@
-"""Scales of each expert, in each layer, in each tensor, found on calibration text; part of `dense_quality`.
+"""Scales of each expert, in each layer, in each tensor, found on held-out calibration text; part of `dense_quality`.
 
 The merge is linear in its scales: ``base + sum_i s_i T_i`` with T_i what model i adds (`scale` of `ota`, one-hot), or
 ``base + sum_i s_i D_i`` for task arithmetic. So the T_i are made once by the engine and the s_i, one for each expert,
-one for each expert and layer, or one for each expert and tensor, follow by Adam on the calibration loss, from the row's
-own lambda. All three are recipes: `scale` (or `weight`) takes filters by name.
+one for each expert and layer, or one for each expert and tensor, follow by Adam on windows of held-out text that no row
+is measured on, the coarser first. (Training text will not do: an expert knows its own by heart, and asks for more of it.) All three are recipes: `scale` (or `weight`) takes filters by name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from torch.func import functional_call
 
 from mergekit_lr.arch.layers import layer_of
 
-STEPS, RATE = 15, 0.1
+STEPS, RATE = 8, 0.12
 GRAINS = ("expert", "expert and layer", "expert and tensor")
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str | None, str]] = {
     "ota power 1": ("ota", {"power": 1.0}, {}, "full", "fisher"),
-    "ota power 0.5": ("ota", {"power": 0.5}, {}, "full", "ota power 0.5 density 1.0 kept full"),
     "task_arithmetic": ("task_arithmetic", {}, {"weight": 0.5}, None, "task_arithmetic"),
 }
 
@@ -29,19 +28,22 @@ def scaled_rows(bench: Any, results: Any) -> None:
     """Measure what the scales add, for both methods and both grains."""
     for title, (method, shared, each, file, row) in METHODS.items():
         terms: list[dict[str, Tensor]] | None = None
+        begin = {key_of("", i, "expert"): results.data.get("lambda", {}).get(row, 1.0) for i in range(3)}
         for grain in GRAINS:
             name = f"{title}, scale per {grain}"
             if name in results.data.get("compared", {}):
                 continue
             if terms is None:
                 terms = terms_of(bench, method, shared, each, file)
-            begin = results.data.get("lambda", {}).get(row, 1.0)
             scales = fit(bench, terms, begin, grain)
+            begin = {k: float(v) for k, v in scales.items()}
             results.get("scales", name, lambda s=scales: {k: round(float(v), 3) for k, v in s.items()})  # type: ignore[misc]
             task = combined(terms, scales, grain)
             for section, text in (("swept", bench.swept), ("compared", bench.compared)):
                 results.get(
-                    section, name, lambda w=text, t=task: {k: round(v, 5) for k, v in bench.losses(t, 1.0, w).items()}  # type: ignore[misc]
+                    section,
+                    name,
+                    lambda w=text, t=task: {k: round(v, 5) for k, v in bench.losses(t, 1.0, w).items()},  # type: ignore[misc]
                 )
 
 
@@ -68,21 +70,25 @@ def combined(terms: list[dict[str, Tensor]], scales: dict[str, Tensor], grain: s
     return {n: sum(scales[key_of(n, i, grain)] * t[n] for i, t in enumerate(terms)) for n in terms[0]}  # type: ignore[misc]
 
 
-def fit(bench: Any, terms: list[dict[str, Tensor]], begin: float, grain: str) -> dict[str, Tensor]:
-    """Adam on the scales over all calibration windows at once, fifteen steps; the best of them by that same loss."""
-    keys = sorted({key_of(n, i, grain) for n in terms[0] for i in range(len(terms))})
-    scales = {k: torch.tensor(float(begin), requires_grad=True) for k in keys}
+def fit(bench: Any, terms: list[dict[str, Tensor]], begin: dict[str, float], grain: str) -> dict[str, Tensor]:
+    """Adam on the scales over all windows at once, from coarser ones; the best of its steps by that same loss."""
+    first: dict[str, float] = {}
+    for i in range(len(terms)):
+        for name in terms[0]:
+            coarser = next(begin[k] for k in (key_of(name, i, g) for g in reversed(GRAINS)) if k in begin)
+            first[key_of(name, i, grain)] = coarser
+    scales = {k: torch.tensor(float(v), requires_grad=True) for k, v in first.items()}
     optimizer = torch.optim.Adam(list(scales.values()), lr=RATE, betas=(0.8, 0.95))
     best, least = {k: v.detach().clone() for k, v in scales.items()}, float("inf")
     for _ in range(STEPS):
         total = 0.0
-        for rows in bench.calibration.values():
+        for rows in bench.tuning.values():
             task = combined(terms, scales, grain)
             weights = {n: b + task[n] for n, b in bench.base.items()}
             logits = functional_call(
                 bench.model, weights, kwargs={"input_ids": rows, "use_cache": False}, tie_weights=True
             ).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) / len(bench.calibration)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) / len(bench.tuning)
             loss.backward()
             total += loss.item()
         if total < least:

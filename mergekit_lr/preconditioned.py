@@ -69,7 +69,7 @@ def preconditioned_mean(
     whole: list[Tensor] | None = None
     if all_in_divisor and any(m is not None for m in held):
         whole = parts
-        parts = [p if m is None else p * m for p, m in zip(parts, held, strict=True)]
+        parts = [p.clone() if m is None else p * m for p, m in zip(parts, held, strict=True)]
     else:
         parts = [p if m is None else p.mul_(m) for p, m in zip(parts, held, strict=True)]
     largest = None

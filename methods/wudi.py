@@ -55,9 +55,7 @@ class Wudi(Method):
         embeddings: Literal["mean", "solve"] = parameter(
             "mean", description="embeddings and output heads: the mean of the task vectors, or solved for"
         )
-        lam: float = parameter(
-            1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged task vector"
-        )
+        lam: float = parameter(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged task vector")
 
     class PerModel(Parameters):
         weight: float = parameter(

@@ -17,9 +17,25 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import mergekit_lr
+from mergekit_lr.curvatures import distributed, state
 from mergekit_lr.errors import CheckpointError, NonFiniteError, UsageError
 
 BASE = Path(__file__).parents[2] / "examples" / "models" / "base"
+
+
+@pytest.fixture
+def nearby(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions in this process instead of a confined one, which takes seconds to import torch."""
+
+    def convert(sources: list[Path], target: Path, module: str, kind: str) -> None:
+        try:
+            state.converted(kind, sources[0], target)
+        except CheckpointError as e:
+            raise CheckpointError("refused", why=e.what) from e
+
+    monkeypatch.setattr(state, "convert", convert)
+    monkeypatch.setattr(state, "confine", lambda nbytes: None)
+    monkeypatch.setattr(distributed, "confine", lambda nbytes: None)
 
 
 def tiny(seed: int = 0) -> LlamaForCausalLM:
@@ -107,12 +123,12 @@ def saved_by_torch(tmp_path: Path, groups: str, **more: Any) -> tuple[Path, nn.M
 
 
 @pytest.mark.parametrize("groups", ["one", "trainer", "vectors"])
-def test_numbered_parameters_of_other_groupings(tmp_path: Path, groups: str) -> None:
+def test_numbered_parameters_of_other_groupings(nearby: None, tmp_path: Path, groups: str) -> None:
     folder, model, optimizer = saved_by_torch(tmp_path, groups)
     check(mergekit_lr.curvature(folder, tmp_path / "v.safetensors").out, expected(optimizer, model, 0.9))
 
 
-def test_names_in_the_optimizers_order(tmp_path: Path) -> None:
+def test_names_in_the_optimizers_order(nearby: None, tmp_path: Path) -> None:
     folder, model, optimizer = saved_by_torch(tmp_path, "trainer")
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json.*--names"):
@@ -124,7 +140,7 @@ def test_names_in_the_optimizers_order(tmp_path: Path) -> None:
     check(out, expected(optimizer, model, 0.9))
 
 
-def test_numbers_that_do_not_fit_the_model(tmp_path: Path) -> None:
+def test_numbers_that_do_not_fit_the_model(nearby: None, tmp_path: Path) -> None:
     folder, _, _ = saved_by_torch(tmp_path, "trainer")
     other = LlamaConfig.from_pretrained(folder)
     other.intermediate_size = 40
@@ -134,7 +150,7 @@ def test_numbers_that_do_not_fit_the_model(tmp_path: Path) -> None:
     assert not (tmp_path / "v.safetensors").exists()
 
 
-def test_names_in_the_state_itself(tmp_path: Path) -> None:
+def test_names_in_the_state_itself(nearby: None, tmp_path: Path) -> None:
     """As FSDP saves a whole state: parameters by name, wrapped."""
     folder, model, optimizer = saved_by_torch(tmp_path, "one")
     plain = optimizer.state_dict()
@@ -206,7 +222,7 @@ def quantised(v: torch.Tensor, qmap: torch.Tensor, block: int) -> dict[str, torc
     return {"state2": codes.flatten()[: v.numel()].view(v.shape), "qmap2": qmap, "absmax2": absmax}
 
 
-def test_eight_bit_adam(tmp_path: Path) -> None:
+def test_eight_bit_adam(nearby: None, tmp_path: Path) -> None:
     """bitsandbytes' layout: codes, a map of 256 values, one scale for each block of 256; small tensors in fp32."""
     qmap = torch.linspace(0, 1, 256) ** 3
     v = torch.rand(40, 30, generator=torch.Generator().manual_seed(0)) * 1e-6
@@ -230,7 +246,7 @@ def test_eight_bit_adam(tmp_path: Path) -> None:
     assert float((found["a.weight.exp_avg_sq"] * correction - v).abs().max()) < 2e-8
 
 
-def test_adafactor_of_transformers(tmp_path: Path) -> None:
+def test_adafactor_of_transformers(nearby: None, tmp_path: Path) -> None:
     """Its rows and columns are means; ours are sums, with the same outer product as its own update uses."""
     from transformers.optimization import Adafactor
 
@@ -252,7 +268,7 @@ def test_adafactor_of_transformers(tmp_path: Path) -> None:
     assert torch.allclose(found["bias.exp_avg_sq"], optimizer.state[layer.bias]["exp_avg_sq"])
 
 
-def test_adafactor_of_torch(tmp_path: Path) -> None:
+def test_adafactor_of_torch(nearby: None, tmp_path: Path) -> None:
     layer = nn.Linear(6, 4)
     optimizer = torch.optim.Adafactor(layer.parameters())
     layer(torch.randn(5, 6)).square().sum().backward()
@@ -268,7 +284,9 @@ def test_adafactor_of_torch(tmp_path: Path) -> None:
 
 def test_forms_of_the_output(tmp_path: Path) -> None:
     """The spec's matrix: [[1, 2], [3, 4]] has row sums 3, 7 and column sums 4, 6, so [[1.2, 1.8], [2.8, 4.2]]."""
-    save_file({"w": torch.tensor([[1.0, 2.0, 0], [3, 4, 0], [0, 0, 0]]), "b": torch.ones(3)}, tmp_path / "v.safetensors")
+    save_file(
+        {"w": torch.tensor([[1.0, 2.0, 0], [3, 4, 0], [0, 0, 0]]), "b": torch.ones(3)}, tmp_path / "v.safetensors"
+    )
     out = mergekit_lr.curvature(tmp_path / "v.safetensors", tmp_path / "r.safetensors", form="rank1").out
     found = load_file(out)
     assert found["w.exp_avg_sq.row"].tolist() == [3, 7, 0]
@@ -316,7 +334,7 @@ def test_a_bomb_in_the_memo_of_distributed_metadata(tmp_path: Path) -> None:
         mergekit_lr.curvature(tmp_path, tmp_path / "out.safetensors")
 
 
-def test_damaged_and_useless_states(tmp_path: Path) -> None:
+def test_damaged_and_useless_states(nearby: None, tmp_path: Path) -> None:
     out = tmp_path / "v.safetensors"
     model = nn.Linear(3, 2)
     for optimizer in (torch.optim.SGD(model.parameters(), momentum=0.9),):
