@@ -194,10 +194,19 @@ def rows() -> dict[str, tuple[str, dict[str, Any], dict[str, Any], str | None]]:
 
 
 COMPARED = (
-    "linear", "task_arithmetic", "ties 0.5", "dare_ties 0.5", "fisher", "wudi soft", "regmean", "ota power 0.5 density 1.0 kept full", "ota power 0.5 density 0.4 kept full",
-    "ota power 0.5 density 1.0 kept rank1", "ota power 1.0 density 1.0 kept full",
+    "linear",
+    "task_arithmetic",
+    "ties 0.5",
+    "dare_ties 0.5",
+    "fisher",
+    "wudi soft",
+    "regmean",
+    "ota power 0.5 density 1.0 kept full",
+    "ota power 0.5 density 0.4 kept full",
+    "ota power 0.5 density 1.0 kept rank1",
+    "ota power 1.0 density 1.0 kept full",
     "ota power 0.5 density 1.0 kept text",
-)  # fmt: skip
+)
 """Rows that are measured on more of the held-out text as well, and first."""
 FIXED = ("linear",)
 """Rows whose method has no lambda."""

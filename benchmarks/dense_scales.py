@@ -3,7 +3,8 @@
 The merge is linear in its scales: ``base + sum_i s_i T_i`` with T_i what model i adds (`scale` of `ota`, one-hot), or
 ``base + sum_i s_i D_i`` for task arithmetic. So the T_i are made once by the engine and the s_i, one for each expert,
 one for each expert and layer, or one for each expert and tensor, follow by Adam on windows of held-out text that no row
-is measured on, the coarser first. (Training text will not do: an expert knows its own by heart, and asks for more of it.) All three are recipes: `scale` (or `weight`) takes filters by name.
+is measured on, the coarser first. (Training text will not do: an expert knows its own by heart, and asks for more of
+it.) All three are recipes: `scale` (or `weight`) takes filters by name.
 """
 
 from __future__ import annotations

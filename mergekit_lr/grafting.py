@@ -38,7 +38,7 @@ class GraftState:
 
 
 def _partly(call: Call, model: int) -> bool:
-    """Whether a model's entries of this tensor compete at all; without a base, which a plan refuses, there is no mask."""
+    """Whether a model's entries of this tensor compete. Without a base, which a plan refuses, there is no mask."""
     return bool(call.facts) and call.has_base and 0 < call.models[model].density < 1
 
 

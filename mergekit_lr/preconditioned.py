@@ -24,7 +24,7 @@ NEEDS_SCALE = 0.5
 
 
 def saliency(delta: Tensor, curvature: Tensor) -> Tensor:
-    """``sqrt(v) |d|``, the square root of Fast Fisher Grafting's score ``v d^2``: fp32, a new tensor, never negative."""
+    """``sqrt(v) |d|``, the root of Fast Fisher Grafting's score ``v d^2``: fp32, a new tensor, never negative."""
     return curvature.sqrt().mul_(delta).abs_()
 
 

@@ -41,14 +41,10 @@ class WeightMatching(Rewrite):
     settings = frozenset({"permutations"})
 
     class Merge(Parameters):
-        t: float = parameter(
-            default=0.5, ge=0, le=1, description="place between two models: 0 is the first, 1 the other"
-        )
+        t: float = parameter(default=0.5, ge=0, le=1, description="place between two models: 0 is the first, 1 the other")
         seed: int = parameter(default=0, ge=0, description="order in which groups are visited")
         restarts: int = parameter(default=3, ge=1, le=100, description="orders tried; the best objective is kept")
-        only: str | None = parameter(
-            default=None, description="patterns of the groups that may move, separated by commas"
-        )
+        only: str | None = parameter(default=None, description="patterns of the groups that may move, separated by commas")
         then: str | None = parameter(default=None, description="method applied to the aligned models instead of t")
         lambda_: float | None = parameter(default=None, alias="lambda", description="`lambda` of the method in `then`")
         normalize: bool | None = parameter(default=None, description="`normalize` of the method in `then`")
@@ -115,10 +111,7 @@ class WeightMatching(Rewrite):
             first = len(sources)
             keys = list(dict.fromkeys(key for _, _, key in moves))
             sources += [Tensor(len(models), key) for key in keys]
-            call = (
-                tuple((i, axis, first + keys.index(key)) for i, axis, key in moves),
-                after.call(recipe, name, order),
-            )
+            call = (tuple((i, axis, first + keys.index(key)) for i, axis, key in moves), after.call(recipe, name, order))
             size = 4 * info.numel
             tasks.append(Task(self.name, name, tuple(sources), call, fixed=size * (2 * len(models) + 4)))
             dtype = RECIPE_DTYPES[out_dtype] if out_dtype else info.dtype
@@ -141,3 +134,5 @@ class WeightMatching(Rewrite):
         for i, axis, code in moves:
             models[i] = decoded(models[i], axis, desk.read(code, dtype=torch.int32))
         desk.write(0, how.merged(models, task.key))
+
+
