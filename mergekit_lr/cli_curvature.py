@@ -64,7 +64,7 @@ def curvature(
         names=names,
         form=form,  # type: ignore[arg-type]  # checked there
         dtype=dtype,  # type: ignore[arg-type]
-        text=[*(text or []), *(more or [])],
+        text=[*(text or []), *(more or [])] or None,
         samples=samples,
         sequence_length=sequence_length,
         labels=labels,  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ def _filter(merge: Any, shape: tuple[int, int]) -> Filter:
     from mergekit_lr.linalg import gram_weighted as g
 
     def ratio(values: Any) -> int:
-        return max(1, round(merge.rank_ratio * min(shape[1], len(values))))
+        return max(1, round(float(merge.rank_ratio) * min(shape[1], len(values))))
 
     ranks = {
         "ratio": ratio,

@@ -50,7 +50,7 @@ def curvature(
     names: str | Path | None = None,
     form: Form = "full",
     dtype: Literal["float32", "bfloat16"] = "float32",
-    text: Sequence[str | Path] = (),
+    text: Sequence[str | Path] | None = None,
     samples: int = 256,
     sequence_length: int = 256,
     labels: Literal["sampled", "text"] = "sampled",
