@@ -33,7 +33,7 @@ from mergekit_lr.lowrank.peft import (
 from mergekit_lr.lowrank.sorting import BIAS, SAVED, stored_transposed
 
 if TYPE_CHECKING:
-    from mergekit_lr.lowrank.decompose import RankRule
+    from mergekit_lr.lowrank.ranks import RankRule
 
 REPORT = "merge_report.json"
 

@@ -25,7 +25,7 @@ from mergekit_lr.lowrank.extraction import same_tensor
 
 if TYPE_CHECKING:
     from mergekit_lr.linalg.lowrank import Pair
-    from mergekit_lr.lowrank.decompose import RankRule
+    from mergekit_lr.lowrank.ranks import RankRule
     from mergekit_lr.rewrite import Preparation
 
 PAIRS, DIFFERS, SPECTRA = "pairs", "differs.json", "spectra.json"
@@ -59,7 +59,8 @@ def prepare_pairs(
     fs.make_folder(folder)
     paths = {n: folder / f"{i:06d}.safetensors" for i, n in enumerate(weights)}
     todo = [n for n in weights if not paths[n].exists()]
-    needs = {n: working_bytes(*base.tensors[n].shape, ITEM_BYTES[base.tensors[n].dtype]) for n in todo}
+    shapes = {n: (base.tensors[n].shape, ITEM_BYTES[base.tensors[n].dtype]) for n in todo}
+    needs = {n: working_bytes(s[0], s[1], item) for n, (s, item) in shapes.items()}
     workers = _workers(work, needs)
 
     def one(weight: str) -> None:
