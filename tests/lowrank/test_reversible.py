@@ -278,25 +278,32 @@ def test_half_precision_bundles_lose_a_rounding(base: Path, adapter: Any, tmp_pa
 
 def test_bad_input(base: Path, adapter: Any, tmp_path: Path) -> None:
     made = on(base, [adapter("a", 1), adapter("b", 2)])
-    out = tmp_path / "out"
-    for parameters in ({}, {"basis": 1, "max_error": 0.1}):
-        with pytest.raises(RecipeError, match="one of basis, max_bytes and max_error"):
-            merge(recipe(base, made, **parameters), out, device="cpu")
-    with pytest.raises(RecipeError, match="no rank is given"):
-        merge(recipe(base, [*made, full(tmp_path / "m", base, 1)], basis=1), out, device="cpu")
+    tried = 0
+
+    def refused(match: str, kind: type[Exception], models: list[str | Path], **parameters: Any) -> None:
+        nonlocal tried
+        tried += 1
+        out = tmp_path / f"out{tried}"
+        with pytest.raises(kind, match=match):
+            merge(recipe(base, models, **parameters), out, device="cpu")
+        assert not out.exists()
+
+    refused("one of basis, max_bytes and max_error", RecipeError, made)
+    refused("one of basis, max_bytes and max_error", RecipeError, made, basis=1, max_error=0.1)
+    refused("energy or ratio", RecipeError, made, basis=1, energy=0.5, ratio=0.5)
+    refused("no rank is given", RecipeError, [*made, full(tmp_path / "m", base, 1)], basis=1)
     revisions = on(base, [adapter("r1", 4, revision="one"), adapter("r2", 5, revision="two")])
-    with pytest.raises(CheckpointError, match="different revisions"):
-        merge(recipe(base, revisions, basis=1), out, device="cpu")
+    refused("different revisions", CheckpointError, revisions, basis=1)
     merge(recipe(base, revisions, basis=1, different_bases=True), tmp_path / "allowed", device="cpu")
     other = make_base(tmp_path / "bf16", torch.bfloat16)
-    with pytest.raises(CheckpointError, match="its base is not"):
-        merge(recipe(base, [made[0], f"{other}+{tmp_path / 'b'}"], basis=1), out, device="cpu")
-    with pytest.raises(CheckpointError, match=r"NaN or infinity|not finite"):
-        merge(recipe(base, on(base, [adapter("nan", 6, size=float("nan"))]), basis=0), out, device="cpu")
-    assert not out.exists()
-    merge(recipe(base, made, basis=1), out, device="cpu")
-    with open_bundle(out, base=other) as bundle, pytest.raises(CheckpointError, match="not the base"):
+    refused("its base is not", CheckpointError, [made[0], f"{other}+{tmp_path / 'b'}"], basis=1)
+    spoilt = on(base, [adapter("nan", 6, size=float("nan"))])
+    refused(r"NaN or infinity|not finite", CheckpointError, spoilt, basis=0)
+    merge(recipe(base, made, basis=1), tmp_path / "out", device="cpu")
+    with open_bundle(tmp_path / "out", base=other) as bundle, pytest.raises(CheckpointError, match="not the base"):
         bundle.state_dict("task0")[Q]
+    with open_bundle(tmp_path / "out") as bundle, pytest.raises(UsageError, match="did you mean task"):
+        bundle.adapter("tusk0", tmp_path / "no")
 
 
 def test_plan_says_what_it_cannot_know(base: Path, adapter: Any, tmp_path: Path) -> None:
