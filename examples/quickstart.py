@@ -17,7 +17,6 @@ from mergekit_lr.evaluation import evaluate, loss_table
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "quickstart.yml"
 MODELS = ("base", "python", "c", "german")
-CONTEXT = 256  # the window that the examples were trained on
 TOKENS = 12_000  # of each held-out text: enough for differences of 0.01 nats, and quick
 
 
@@ -31,7 +30,7 @@ def main() -> None:
     console.print(f"Wrote {result.out} in {run['seconds']:.1f} s. Measuring held-out loss ...")
     texts = sorted((HERE / "text" / "heldout").glob("*.txt"))
     folders = [*(HERE / "models" / name for name in MODELS), result.out]
-    results = [evaluate(folder, texts, context=CONTEXT, max_tokens=TOKENS) for folder in folders]
+    results = [evaluate(folder, texts, max_tokens=TOKENS) for folder in folders]
     console.print(loss_table(results, names=[*MODELS, "merge"]))
 
 

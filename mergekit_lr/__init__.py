@@ -12,11 +12,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mergekit_lr.bundle.open import open_bundle as open_bundle
     from mergekit_lr.bundle.recover import recover as recover
+    from mergekit_lr.calibration.calibrate import calibrate as calibrate
+    from mergekit_lr.curvatures.api import curvature as curvature
+    from mergekit_lr.curvatures.report import curvature_report as curvature_report
     from mergekit_lr.engine.api import plan as plan
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
     from mergekit_lr.evaluation import evaluate as evaluate
     from mergekit_lr.lowrank.extract import extract_lora as extract_lora
+    from mergekit_lr.matching.barrier import barrier as barrier
     from mergekit_lr.recipe import load_recipe as load_recipe
     from mergekit_lr.recipe.json_schema import schema as schema
     from mergekit_lr.recipe.load import check as check
@@ -34,12 +38,20 @@ _HOMES = {
     "recover": "mergekit_lr.bundle.recover",
     "inspect": "mergekit_lr.report.inspect",
     "verify": "mergekit_lr.report.verify",
+    "calibrate": "mergekit_lr.calibration.calibrate",
     "evaluate": "mergekit_lr.evaluation",
     "extract_lora": "mergekit_lr.lowrank.extract",
+    "barrier": "mergekit_lr.matching.barrier",
+    "curvature": "mergekit_lr.curvatures.api",
+    "curvature_report": "mergekit_lr.curvatures.report",
 }
 __all__ = [
     "MergeResult",
+    "barrier",
+    "calibrate",
     "check",
+    "curvature",
+    "curvature_report",
     "evaluate",
     "extract_lora",
     "inspect",

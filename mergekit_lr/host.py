@@ -17,5 +17,6 @@ if TYPE_CHECKING:
 
 def through_numpy(where: Tensor | torch.device | str) -> bool:
     """Whether numpy can work on the data in place."""
-    device = where.device if isinstance(where, torch.Tensor) else torch.device(where)
-    return device.type == "cpu"
+    if isinstance(where, torch.Tensor):
+        return where.is_cpu
+    return torch.device(where).type == "cpu"

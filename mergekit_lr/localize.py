@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from mergekit_lr.combine import agreeing_sum, majority_sign
+from mergekit_lr.combine import agreeing_sum, majority
 from mergekit_lr.lazy import torch
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def elected(trimmed: Sequence[Tensor]) -> Tensor:
     The sign is that of the sum of what was trimmed, +1 for a zero sum (authors' code: the majority's sign there).
     """
     parts = list(trimmed)
-    return agreeing_sum(parts, majority_sign(parts), shares=None)
+    return agreeing_sum(parts, majority(parts), shares=None)
 
 
 def wanted(delta: Tensor, vector: Tensor, lam: float) -> Tensor:

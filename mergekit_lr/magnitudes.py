@@ -26,7 +26,7 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 LOW_BITS = 15
 INFINITY = 0x7F800000  # bits of +inf: no finite magnitude reaches it
-_MAGNITUDE = 0x7FFFFFFF
+_MAGNITUDE = np.int32(0x7FFFFFFF)
 
 BlockCounts = list[tuple[str, int, Int64]]
 """(tensor, first block, one count for each block of `GRID` elements), in order."""
@@ -55,32 +55,31 @@ class Bracket:
 
 def magnitude_bits(x: Tensor) -> Tensor:
     """Bits of ``|x|`` as int32 on the same device, flattened. fp32 ``x`` of any shape."""
-    return x.detach().reshape(-1).view(torch.int32) & _MAGNITUDE
+    return x.detach().reshape(-1).view(torch.int32) & int(_MAGNITUDE)
 
 
 def _blocks(call: Call, piece: Piece, values: Values) -> Iterator[list[Tensor]]:
-    """Magnitude bits of every value stream, `GRID` elements at a time."""
+    """Every value stream flat, `GRID` elements at a time."""
     flat = [v.reshape(-1) for v in values(call, piece)]
     for a in range(0, max(v.numel() for v in flat), GRID):
-        yield [magnitude_bits(v[a : a + GRID]) for v in flat]
+        yield [v[a : a + GRID] for v in flat]
 
 
-def _above(bits: Tensor, high: int) -> int:
-    if high >= INFINITY:
-        return 0
-    if not host.through_numpy(bits):
-        return int(torch.count_nonzero(bits > high))
-    return int(np.count_nonzero(bits.numpy() > np.int32(high)))
+def _look(x: Tensor, low: int, high: int) -> tuple[int, Int32]:
+    """(how many magnitudes of a block lie above ``high``, the bits of those in ``low .. high``, in order).
 
-
-def _inside(bits: Tensor, low: int, high: int) -> Int32:
-    """The ``bits`` in ``low .. high``, in order."""
-    if not host.through_numpy(bits):
-        chosen: Int32 = bits[(bits >= low) & (bits <= high)].cpu().numpy()
-        return chosen
-    b: Int32 = bits.numpy()
-    # One unsigned comparison for low <= b <= high; then a gather by index, cheaper here than one by mask.
-    return b.take(np.flatnonzero((b - np.int32(low)).view(np.uint32) <= np.uint32(high - low)))
+    NaN, whose bits are above infinity's, is neither where ``high`` is infinity.
+    """
+    if not host.through_numpy(x):
+        bits = magnitude_bits(x)
+        inside: Int32 = bits[(bits >= low) & (bits <= high)].cpu().numpy()
+        return 0 if high >= INFINITY else int(torch.count_nonzero(bits > high)), inside
+    b = np.bitwise_and(x.numpy().view(np.int32), _MAGNITUDE)
+    above = b > high
+    chosen = b >= low
+    count = 0 if high >= INFINITY else int(np.count_nonzero(above))
+    np.not_equal(chosen, above, out=chosen)  # what is above is chosen too
+    return count, b.take(np.flatnonzero(chosen))  # a gather by index is cheaper here than one by mask
 
 
 @dataclass
@@ -115,10 +114,10 @@ class Collect(Pass["list[Collected]", "list[Collected]"]):
         sizes: list[list[int]] = [[] for _ in self.brackets]
         for streams in _blocks(call, piece, self.values):
             for b, c, size in zip(self.brackets, out, sizes, strict=True):
-                bits = streams[b.want.stream]
-                c.above += _above(bits, b.high)
-                c.parts.append(_inside(bits, b.low, b.high))
-                size.append(c.parts[-1].size)
+                above, inside = _look(streams[b.want.stream], b.low, b.high)
+                c.above += above
+                c.parts.append(inside)
+                size.append(inside.size)
         for c, size in zip(out, sizes, strict=True):
             c.blocks.append((call.name, piece.start // GRID, np.array(size, dtype=np.int64)))
         return out
@@ -152,8 +151,9 @@ class Count(Pass["list[Counted]", "list[Counted]"]):
         inside: list[list[Int32]] = [[] for _ in self.brackets]
         for streams in _blocks(call, piece, self.values):
             for i, b in enumerate(self.brackets):
-                above[i] += _above(streams[b.want.stream], b.high)
-                inside[i].append(_inside(streams[b.want.stream], b.low, b.high) - np.int32(b.low))
+                more, found = _look(streams[b.want.stream], b.low, b.high)
+                above[i] += more
+                inside[i].append(found - np.int32(b.low))
         empty = [np.zeros(0, np.int32)]
         return [
             (a, np.bincount(np.concatenate(parts or empty), minlength=b.high - b.low + 1))
@@ -181,7 +181,8 @@ class Histogram(Pass["list[Int64]", "list[Int64]"]):
     def map(self, call: Call, piece: Piece) -> list[Int64]:
         out = [np.zeros(1 << 16, np.int64) for _ in self.wants]
         for streams in _blocks(call, piece, self.values):
-            high = {w.stream: _counts(streams[w.stream] >> LOW_BITS, 1 << 16) for w in self.wants}
+            used = {w.stream for w in self.wants}
+            high = {i: _counts(magnitude_bits(streams[i]) >> LOW_BITS, 1 << 16) for i in used}
             for mine, want in zip(out, self.wants, strict=True):
                 mine += high[want.stream]
         return out
@@ -230,7 +231,8 @@ class Ties(Pass["list[BlockCounts]", "list[BlockCounts]"]):
         return total
 
 
-def _equal(bits: Tensor, value: int) -> int:
-    if not host.through_numpy(bits):
+def _equal(x: Tensor, value: int) -> int:
+    bits = magnitude_bits(x)
+    if not host.through_numpy(x):
         return int(torch.count_nonzero(bits == value))
     return int(np.count_nonzero(bits.numpy() == np.int32(value)))

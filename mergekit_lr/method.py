@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticUndefined
@@ -57,11 +57,34 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=False)
 
 
-def parameter(
-    default: Any = PydanticUndefined, *, description: str, alias: str | None = None, **limits: Any
-) -> Any:
+def parameter(default: Any = PydanticUndefined, *, description: str, alias: str | None = None, **limits: Any) -> Any:
     """A method parameter: a pydantic field that must carry a description. No default means required."""
     return Field(default=default, description=description, alias=alias, **limits)
+
+
+Missing = Literal["error", "mean", "base"]
+"""What becomes of a tensor for which no model's companion file has an entry: an error that lists them all, a merge
+without companions (the method says what that is), or the base's tensor, copied."""
+
+Facts = tuple[tuple[str, str], ...]
+"""What a companion file says of itself: its metadata as sorted (key, value) pairs."""
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Tensors that a method reads beside each model's weights, from a file that a parameter names.
+
+    ``parameter``: the `PerModel` parameter (a text) with the path. ``suffixes``: the entry for weight W is called W
+    plus one of these, the first that is there. ``gram``: entries are ``[n, n]`` for a weight ``[.., n]`` and given
+    whole; otherwise they have the weight's own shape, or are its row and column sums (``.row``, ``.col``), and are cut
+    as it is cut. ``nonnegative``: negative values are refused. ``make`` says how such a file is made.
+    """
+
+    parameter: str
+    suffixes: tuple[str, ...]
+    make: str
+    gram: bool = False
+    nonnegative: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +92,8 @@ class Call:
     """One application of a method: everything but the tensor data.
 
     ``merge`` holds the method's `Merge` parameters and ``models`` one `PerModel` each, resolved for this tensor;
-    ``keys`` names each model for the random generator (the reference as the recipe writes it).
+    ``keys`` names each model for the random generator (the reference as the recipe writes it). ``facts`` is what
+    each model's companion file says of itself; empty where this tensor has no companions.
     """
 
     name: str
@@ -79,6 +103,7 @@ class Call:
     has_base: bool
     seed: int = 0
     keys: tuple[str, ...] = ()
+    facts: tuple[Facts, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -103,13 +128,15 @@ class Piece:
 
     ``tensors``: fp32, one per model, deltas if the method's space is delta. ``base``: the same part of the base
     in fp32, when there is one. ``start``: index of the first element in the flattened tensor. ``counts``: what
-    ``merge`` wants said of this piece in the report, by name; added up over the tensor and over the model.
+    ``merge`` wants said of this piece in the report, by name; added up over the tensor and over the model. ``extra``:
+    each model's companion in fp32, the same part as ``tensors``, or a whole Gram; empty where the tensor has none.
     """
 
     tensors: list[Tensor]
     base: Tensor | None
     start: int
     counts: dict[str, int] = field(default_factory=dict)
+    extra: list[Tensor] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -197,10 +224,11 @@ class Method(Declared):
     """A merge method that works on one tensor of every model at a time. Subclasses live one to a file in ``methods/``.
 
     ``exposes_nonfinite``: every NaN or infinity of an input reaches the output, so the engine may check the output
-    alone.
+    alone. ``companion``: files that are read beside the weights.
     """
 
     exposes_nonfinite: ClassVar[bool] = False
+    companion: ClassVar[Companion | None] = None
 
     def space(self, has_base: bool) -> Space:
         """The space the method takes and gives."""
@@ -234,3 +262,15 @@ class Method(Declared):
     @abstractmethod
     def merge(self, call: Call, piece: Piece, state: Any) -> Tensor:
         """The merged piece, fp32, same shape, in the declared space. Inputs must not be changed."""
+
+    def wants_companion(self, call: Call) -> bool:
+        """Whether the tensor should have companions at all; asked only of a method that declares some."""
+        return True
+
+    def misfits(self, call: Call) -> list[str]:
+        """What is wrong with one call now that its base, shape and companions are known, in words."""
+        return []
+
+    def remarks(self, calls: Sequence[Call]) -> list[str]:
+        """What a user should know of a merge that is legal; one line each, shown as warnings."""
+        return []

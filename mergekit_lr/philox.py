@@ -9,7 +9,8 @@ used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +44,24 @@ def effective_probability(p: float) -> float:
 def _bits(key: int, start: int, count: int) -> npt.NDArray[np.uint16]:
     first, skip = divmod(start, DRAWS)
     blocks = -(-(skip + count) // DRAWS)
-    words = np.random.Philox(key=key, counter=first).random_raw(4 * blocks)
+    words = _generator(key, first).random_raw(4 * blocks)
     return words.astype("<u8", copy=False).view(np.dtype("<u2"))[skip : skip + count]
+
+
+_local = threading.local()
+
+
+def _generator(key: int, counter: int) -> np.random.Philox:
+    """numpy's generator at this place. One for each thread is set anew: making one costs ten times as much."""
+    kept: tuple[np.random.Philox, Any] | None = getattr(_local, "kept", None)
+    if kept is None:
+        made = np.random.Philox(key=0)
+        kept = _local.kept = made, made.state  # a state in which nothing is buffered
+    found, state = kept
+    state["state"]["key"][:] = key & _MASK64, key >> 64
+    state["state"]["counter"][:] = counter & _MASK64, counter >> 64, 0, 0
+    found.state = state
+    return found
 
 
 def draws(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -80,7 +97,7 @@ def masked(x: Tensor, key: int, start: int, probability: float) -> Tensor:
     if not host.through_numpy(x):
         return x * (draws(key, start, x.numel(), x.device) < keep_below).reshape(x.shape)
     # The CPU path through numpy is four times faster: torch compares and converts booleans slowly.
-    keep = (_bits(key, start, x.numel()) < np.uint16(keep_below)).astype(np.float32)
+    keep = (_bits(key, start, x.numel()) < keep_below).astype(np.float32)
     return torch.from_numpy(keep.reshape(x.shape)).mul_(x)
 
 

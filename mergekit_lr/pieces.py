@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,7 @@ def element_count(shape: tuple[int, ...]) -> int:
     return n
 
 
-def spans(
-    shape: tuple[int, ...], slicing: Slicing, most: int, start: int = 0, stop: int | None = None
-) -> list[Span]:
+def spans(shape: tuple[int, ...], slicing: Slicing, most: int, start: int = 0, stop: int | None = None) -> list[Span]:
     """Cut a tensor into pieces of at most about ``most`` elements, where ``slicing`` allows.
 
     ``start`` and ``stop`` choose a run of elements, ``start`` on the grid; only elementwise tensors have parts.
@@ -100,6 +98,8 @@ def apply(
     seed: int = 0,
     most: int | None = None,
     keys: Sequence[str] | None = None,
+    extra: Sequence[Tensor] = (),
+    facts: Sequence[Mapping[str, str]] | None = None,
 ) -> Tensor:
     """Merge tensors in memory: what the engine does to one tensor, without files.
 
@@ -110,6 +110,7 @@ def apply(
         models: its `PerModel` parameters, one mapping for each tensor.
         most: cut into pieces of about this many elements; None leaves the tensor whole.
         keys: names of the models for the random generator.
+        extra: each model's companion, for a method that declares one; ``facts`` the metadata of their files.
 
     Returns:
         the merged weights, fp32.
@@ -126,7 +127,10 @@ def apply(
         has_base=base is not None,
         seed=seed,
         keys=tuple(keys or (f"model {i}" for i in range(len(tensors)))),
+        facts=tuple(tuple(sorted(f.items())) for f in facts or [{} for _ in extra]),
     )
+    beside = [x.detach().to(torch.float32) for x in extra]
+    gram = method.companion is not None and method.companion.gram
     delta = method.space(base is not None) is Space.DELTA
     flat = [t.detach().to(torch.float32).reshape(-1) for t in tensors]
     reference = None if base is None else base.detach().to(torch.float32).reshape(-1)
@@ -134,7 +138,8 @@ def apply(
     def piece(span: Span) -> Piece:
         b = None if reference is None else reference[span.start : span.stop].reshape(span.shape)
         cut = [t[span.start : span.stop].reshape(span.shape) for t in flat]
-        return Piece([t - b for t in cut] if delta and b is not None else cut, b, span.start)
+        more = beside if gram else [x.reshape(-1)[span.start : span.stop].reshape(span.shape) for x in beside]
+        return Piece([t - b for t in cut] if delta and b is not None else cut, b, span.start, extra=more)
 
     def look(wanted: Pass[Any, Any]) -> Any:
         chosen = sample_spans(call.shape, wanted.sample) if wanted.sample else whole

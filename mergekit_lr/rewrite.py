@@ -58,8 +58,8 @@ class Outline:
     name; they may be used in ``models``. ``sinks``, ``tasks``, ``dropped``: as in `MergeGraph`. ``config``: the whole
     config.json of the output, None for the first model's. ``files``: small files to write beside the tensors.
     ``kind``: a ``bundle`` keeps config and tokenizer under ``shared/`` and no model at its root; an ``adapter`` is one
-    file of tensors, and has neither. ``details``: plain data for ``merge_report.json``. ``bundle``: what
-    ``bundle.json`` says, but for the digests.
+    file of tensors, and has neither. ``details``: plain data for ``merge_report.json``. ``card``: Markdown at the end
+    of the model card. ``bundle``: what ``bundle.json`` says, but for the digests.
     """
 
     models: tuple[str, ...]
@@ -71,6 +71,7 @@ class Outline:
     extra: Mapping[str, Checkpoint] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    card: str = ""
     bundle: Manifest | None = None
 
 

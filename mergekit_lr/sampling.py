@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +43,14 @@ class Samples:
         """Entries that the sample stands for."""
         return float(np.dot(self.weights, self.sizes))
 
+    @cached_property
+    def _ranked(self) -> tuple[Int32, npt.NDArray[Any]]:
+        """The sampled magnitudes in ascending order, and how many entries lie up to each of them."""
+        if self.weights.min() == self.weights.max():  # one tensor: its values alone are sorted, ten times faster
+            return np.sort(self.bits), np.arange(1, self.bits.size + 1) * self.weights[0]
+        order = np.argsort(self.bits, kind="stable")
+        return self.bits[order], np.cumsum(np.repeat(self.weights, self.sizes)[order])
+
     def bracket(self, want: Want) -> Bracket | None:
         """Magnitudes that hold the wanted threshold nearly always; None where there is nothing to go by.
 
@@ -49,9 +59,7 @@ class Samples:
         """
         if not self.bits.size:
             return None
-        order = np.argsort(self.bits, kind="stable")
-        bits = self.bits[order]
-        below = np.cumsum(np.repeat(self.weights, self.sizes)[order])
+        bits, below = self._ranked
         target = below[-1] - want.keep
         middle = bits[min(int(np.searchsorted(below, target)), bits.size - 1)]
         margin = 4 * self._error(int(middle)) + 8 * float(self.weights.max())

@@ -111,9 +111,10 @@ def _from_collected(want: Want, got: Collected) -> _Found | None:
     rank = want.keep - got.above
     if not 0 < rank <= inside.size:
         return None
-    threshold = int(np.partition(inside, inside.size - rank)[inside.size - rank])
-    quota = rank - int(np.count_nonzero(inside > threshold))
-    equal = int(np.count_nonzero(inside == threshold))
+    ordered = np.sort(inside)  # faster than a partition where, as in 16-bit weights, many magnitudes are equal
+    threshold = int(ordered[inside.size - rank])
+    first, after = np.searchsorted(ordered, np.array([threshold, threshold + 1], np.int32))
+    quota, equal = rank - int(inside.size - after), int(after - first)
     return _Found(threshold, quota, equal, got.ties(threshold) if quota < equal else None)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from mergekit_lr.combine import agreeing_sum, majority_sign, sum_in_place, summable
+from mergekit_lr.combine import agreeing_sum, majority, scalar, sum_in_place, summable
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Slicing, Statistics, parameter
 from mergekit_lr.sparsify import KeepAll, Sparsifier
 from mergekit_lr.statistics import Float64, Sum
@@ -161,14 +161,14 @@ class TaskVectorMethod(Method):
         for i, weight in enumerate(weights):
             factor = weight * self._scale(call, state, i)
             part = self.rule.apply(call, piece, state.rule, i)
-            parts.append(part if factor == 1 else part.mul_(factor))
+            parts.append(part if factor == 1 else part.mul_(scalar(factor)))
         if not self.consensus:
             total = sum(weights)
             divisor = total if call.merge.normalize and abs(total) >= NO_WEIGHT else 1.0
-            return sum_in_place(parts).mul_(call.merge.lam / divisor)
+            return sum_in_place(parts).mul_(scalar(call.merge.lam / divisor))
         shares = weights if call.merge.normalize else None
-        merged = agreeing_sum(parts, majority_sign(parts), shares=shares)
-        return merged if call.merge.lam == 1 else merged.mul_(call.merge.lam)
+        merged = agreeing_sum(parts, majority(parts), shares=shares)
+        return merged if call.merge.lam == 1 else merged.mul_(scalar(call.merge.lam))
 
     def _scale(self, call: Call, state: _State, model: int) -> float:
         if state.scales is not None:

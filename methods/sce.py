@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.combine import agreeing_sum, majority_sign
+from mergekit_lr.combine import agreeing_sum, majority
 from mergekit_lr.method import Base, Call, Method, Parameters, Piece, Source, Statistics, parameter
 from mergekit_lr.selection import Cut, Want, count_to_keep, select
 from mergekit_lr.statistics import CountNonzero, SquareSum
@@ -119,7 +119,7 @@ def _kept(piece: Piece, cut: Cut | None) -> list[Tensor]:
 
 
 def _agreeing_mean(parts: list[Tensor], shares: list[float], floor: float) -> Tensor:
-    sign = majority_sign(parts)
+    sign = majority(parts)
     for x, share in zip(parts, shares, strict=True):
         x.mul_(share)
     return agreeing_sum(parts, sign, shares=shares, divisor_floor=floor or None)

@@ -16,7 +16,7 @@ from zoo.sources import DOMAINS
 
 VOCABULARY = 1536
 END_OF_TEXT = 0
-CONTEXT = 512
+CONTEXT = 256  # tokens that a model has ever seen at once: what `eval` takes for its window
 _SPECIAL = ["<|endoftext|>", "<|pad|>"]
 _BYTES_PER_DOMAIN = 2_000_000  # more does not change the merges that matter at this size
 

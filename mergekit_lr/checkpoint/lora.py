@@ -92,7 +92,7 @@ class AdaptedCheckpoint(Checkpoint):
             if first >= last:
                 break
             # One operation at a time: a fused multiply-add could round a vector's tail differently.
-            change = torch.mm(left[top:bottom], right).mul_(update.scale)
+            change = _matmul(left[top:bottom], right).mul_(update.scale)
             target = out[first - start : last - start]
             if update.magnitude is None:
                 self._start(update, first, last, target)
@@ -125,7 +125,7 @@ class AdaptedCheckpoint(Checkpoint):
                 squares = torch.zeros(columns, dtype=torch.float64)
                 for top in range(0, rows, step):
                     bottom = min(top + step, rows)
-                    change = torch.mm(left[top:bottom], right).mul_(update.scale)
+                    change = _matmul(left[top:bottom], right).mul_(update.scale)
                     whole = torch.empty((bottom - top) * columns)
                     self._start(update, top * columns, bottom * columns, whole)
                     squares += whole.view(-1, columns).add_(change).double().square_().sum(0)
@@ -161,6 +161,18 @@ class AdaptedCheckpoint(Checkpoint):
         self._factors.clear()
         self.base.close()
         self.adapter.close()
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` on one thread, as a merge runs it anyway: on some processors MKL's bits depend on the number."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return torch.mm(left, right)
+    torch.set_num_threads(1)
+    try:
+        return torch.mm(left, right)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def block_rows(columns: int) -> int:

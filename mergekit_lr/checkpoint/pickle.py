@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +128,7 @@ def open_converted(sources: list[Path], folder: Path | None, reference: str, cac
         for number, source in enumerate(sources):
             target = _target(source, number, cache, temporary)
             if not target.exists():
-                _convert(source, target)
+                convert([source], target, __spec__.name)
             _join(checkpoint, open_file(target, reference), source)
     except (CheckpointError, ResourceError):
         checkpoint.close()
@@ -158,19 +159,23 @@ def _join(whole: ConvertedCheckpoint, part: Checkpoint, source: Path) -> None:
     whole.stamps = (*whole.stamps, stamp)
 
 
-def _convert(source: Path, target: Path) -> None:
-    """Run the conversion in its own process; the target appears whole or not at all."""
-    free = shutil.disk_usage(target.parent).free
-    if free < source.stat().st_size:
+def convert(sources: list[Path], target: Path, module: str, *arguments: str) -> None:
+    """Run a conversion in its own process, as ``module``; the target appears whole or not at all.
+
+    The process gets ``arguments``, the first of ``sources`` and a path to write to; the others say how much it reads.
+    """
+    free, source = shutil.disk_usage(target.parent).free, sources[0]
+    needed = sum(s.stat().st_size for s in sources)
+    if free < needed:
         raise ResourceError(
             "no room to convert pickled weights",
             where=str(target.parent),
-            why=f"{source.stat().st_size} bytes are needed, {free} are free",
+            why=f"{needed} bytes are needed, {free} are free",
             fix="free some space, or set TMPDIR to another disk",
         )
     fd, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".unfinished")
     os.close(fd)
-    command = [sys.executable, "-P", "-m", __spec__.name, str(source.resolve()), unfinished]
+    command = [sys.executable, "-P", "-m", module, *arguments, str(source.resolve()), unfinished]
     kept = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "VIRTUAL_ENV")
     environment = {k: os.environ[k] for k in kept if k in os.environ}
     environment["OMP_NUM_THREADS"] = "1"
@@ -186,10 +191,10 @@ def _convert(source: Path, target: Path) -> None:
         Path(unfinished).unlink(missing_ok=True)
 
 
-def _confine(source: Path) -> None:
-    """From here on this process can neither start programs, nor connect, nor allocate without bound."""
+def confine(nbytes: int) -> None:
+    """From here on this process can neither start programs, nor connect, nor allocate much more than ``nbytes``."""
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = in_use + 2 * source.stat().st_size + SPARE_ADDRESS_SPACE
+    limit = in_use + 2 * nbytes + SPARE_ADDRESS_SPACE
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
@@ -217,7 +222,7 @@ def _state_dict(loaded: object) -> dict[str, Tensor]:
     return dict(loaded)
 
 
-def _check_tensors(tensors: dict[str, Tensor], most: int) -> None:
+def check_tensors(tensors: dict[str, Tensor], most: int) -> None:
     total = 0
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
@@ -241,25 +246,48 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _write(tensors: dict[str, Tensor], target: Path) -> None:
+def write_plain(tensors: dict[str, Tensor], target: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file, sorted by name, never more than a few megabytes copied at a time."""
+    names = sorted(tensors)
+    with target.open("wb") as f:
+        f.write(plain_header({n: (tensors[n].dtype, tuple(tensors[n].shape)) for n in names}, metadata))
+        for name in names:
+            for piece in _pieces(tensors[name].detach()):
+                f.write(piece.numpy().data)
+
+
+def plain_header(
+    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The header of a safetensors file whose tensors follow in the order given."""
     codes = {torch_dtype(code): code for code in ITEM_BYTES}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if tensor.dtype not in codes:
-            raise CheckpointError(f"tensor {name[:80]!r} has dtype {tensor.dtype}, which is not read")
-        end = offset + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": codes[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
+    for name, (dtype, shape) in described.items():
+        if dtype not in codes:
+            raise CheckpointError(f"tensor {name[:80]!r} has dtype {dtype}, which is not read")
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
-    with target.open("wb") as f:
-        f.write(struct.pack("<Q", len(raw)) + raw)
-        for name in sorted(tensors):
-            for piece in _pieces(tensors[name].detach()):
-                f.write(piece.numpy().data)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+REFUSALS = (
+    *(RuntimeError, ValueError, TypeError, KeyError, EOFError, MemoryError, AttributeError, IndexError),
+    *(AssertionError, OSError, RecursionError, UnicodeError),
+)
+"""What a damaged or hostile pickle makes a loader raise, besides its own errors."""
+
+
+def refused(error: BaseException) -> int:
+    """Say in one line on standard error why a conversion is refused; the exit code."""
+    if isinstance(error, CheckpointError):
+        print(error.what, file=sys.stderr)
+    else:
+        print(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}", file=sys.stderr)
+    return 4
 
 
 def _main(source: Path, target: Path) -> int:
@@ -267,21 +295,14 @@ def _main(source: Path, target: Path) -> int:
 
     torch.set_num_threads(1)
     torch.zeros(1).clone()
-    _confine(source)
+    confine(source.stat().st_size)
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
         tensors = _state_dict(loaded)
-        _check_tensors(tensors, 2 * source.stat().st_size)
-        _write(tensors, target)
-    except CheckpointError as e:
-        print(e.what, file=sys.stderr)
-        return 4
-    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, EOFError, MemoryError) as e:
-        print(f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}", file=sys.stderr)
-        return 4
-    except (AttributeError, IndexError, AssertionError, OSError, RecursionError, UnicodeError) as e:
-        print(f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}", file=sys.stderr)
-        return 4
+        check_tensors(tensors, 2 * source.stat().st_size)
+        write_plain(tensors, target)
+    except (CheckpointError, pickle.UnpicklingError, *REFUSALS) as e:
+        return refused(e)
     return 0
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from mergekit_lr.engine import processes
 from mergekit_lr.engine.execute import Looks, Worker
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.plan import Plan
+from mergekit_lr.graph.nodes import Operation, sources_of
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import Pass
 from mergekit_lr.pieces import drive
@@ -21,21 +24,38 @@ def compute_artifacts(plan: Plan, job: Job) -> None:
         method = tensor_method(artifact.method)
         operations = [o for o in plan.graph.operations if o.artifact == artifact]
 
-        def look(wanted: Pass[Any, Any], operations: Any = operations, method: Any = method) -> Any:
-            def one(operation: Any) -> Any:
+        nbytes = sum(input_bytes(o, job) for o in operations)
+
+        def look(
+            wanted: Pass[Any, Any], operations: Any = operations, method: Any = method, nbytes: int = nbytes
+        ) -> Any:
+            def one(worker: Worker, i: int) -> Any:
                 total = None
-                looks = Looks(_worker(job), method, operation, None)
-                for call, piece in looks.pieces(wanted):
+                for call, piece in Looks(worker, method, operations[i], None).pieces(wanted):
                     total = wanted.fold(total, wanted.map(call, piece))
                 return total
 
+            workers = min(plan.budget.threads, len(operations))
+            # A sample reads next to nothing: not worth a fork.
+            forked = not wanted.sample and processes.worth_it(job, workers, nbytes)
+            run = processes.in_order if forked else _threads_in_order
             total = None
-            with ThreadPoolExecutor(plan.budget.threads, initializer=_begin_thread) as pool:
-                for partial in pool.map(one, operations):
-                    total = partial if total is None else wanted.fold(total, partial)
+            for partial in run(job, len(operations), one, workers):
+                total = partial if total is None else wanted.fold(total, partial)
             return wanted.finish(total)
 
         job.artifacts[artifact.method] = drive(method.model_statistics([o.call for o in operations]), look)
+
+
+def input_bytes(operation: Operation, job: Job) -> int:
+    """Bytes of all that an operation reads."""
+    return sum(job.checkpoints[s.model].tensors[s.tensor].nbytes for s in sources_of(operation))
+
+
+def _threads_in_order(job: Job, count: int, one: Callable[[Worker, int], Any], workers: int) -> Iterator[Any]:
+    """The same as `processes.in_order` with threads of this process."""
+    with ThreadPoolExecutor(workers, initializer=_begin_thread) as pool:
+        yield from pool.map(lambda i: one(_worker(job), i), range(count))
 
 
 _local = threading.local()

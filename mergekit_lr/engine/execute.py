@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES, OVERFLOWS_AT
 from mergekit_lr.engine.desk import TaskDesk
-from mergekit_lr.engine.finite import complain
+from mergekit_lr.engine.finite import check_companion, complain
 from mergekit_lr.engine.fused import Fused, fused_sum
 from mergekit_lr.engine.job import Job, Stopped
 from mergekit_lr.engine.output import Output, add_counts
@@ -108,10 +108,12 @@ class Worker:
             raise Stopped
         start, stop = block[0].start, block[-1].stop
         values = {}
+        whole = set(operation.companions) if operation.whole else set()
         for slot, source in enumerate(sources_of(operation)):
             checkpoint = self.job.checkpoints[source.model]
-            stored = checkpoint.tensors[source.tensor].dtype
-            raw = checkpoint.read(source.tensor, start, stop, self._buffer(slot, stop - start, stored))
+            info = checkpoint.tensors[source.tensor]
+            a, b = (0, info.numel) if source in whole else (start, stop)
+            raw = checkpoint.read(source.tensor, a, b, self._buffer(slot, b - a, info.dtype))
             values[source] = raw.to(self.job.device) if self.on_gpu else raw
         return Block(start, values)
 
@@ -120,15 +122,34 @@ class Worker:
         wanted = [i.value if isinstance(i, Delta) else i for i in operation.inputs]
         if operation.base is not None:
             wanted.append(operation.base)
+        if not operation.whole:
+            wanted += operation.companions
         wide = self._widen([read.values[s] for s in wanted], read, span)
-        tensors = list(wide[: len(operation.inputs)])
-        base = wide[-1] if operation.base is not None else None
+        n = len(operation.inputs)
+        tensors = list(wide[:n].unbind())
+        base = wide[n] if operation.base is not None else None
         for x, value in zip(tensors, operation.inputs, strict=True):
             if isinstance(value, Delta):
                 assert base is not None
                 x.sub_(base)
         shaped = [x.view(span.shape) for x in tensors]
-        return Piece(shaped, None if base is None else base.view(span.shape), span.start)
+        extra = self._extra(operation, read, wide[len(wanted) - len(operation.companions) :], span)
+        return Piece(shaped, None if base is None else base.view(span.shape), span.start, extra=extra)
+
+    def _extra(self, operation: Operation, read: Block, wide: Tensor, span: Span) -> list[Tensor]:
+        """The companions of a piece in fp32, cut as it is or whole; checked."""
+        if not operation.companions:
+            return []
+        if operation.whole:
+            n = operation.call.shape[-1]
+            found = [read.values[s].to(torch.float32).view(n, n) for s in operation.companions]
+        else:
+            found = [x.view(span.shape) for x in wide]
+        companion = tensor_method(operation.method).companion
+        assert companion is not None
+        for x, source in zip(found, operation.companions, strict=True):
+            check_companion(x, companion, self.job.checkpoints[source.model].reference, source.tensor)
+        return found
 
     def _widen(self, values: list[Tensor], read: Block, span: Span) -> Tensor:
         """The same part of several inputs as fp32 ``[inputs, elements]``, in this worker's scratch."""
@@ -140,7 +161,7 @@ class Worker:
             shape = (len(values), max(span.numel, self.job.piece))
             room = self._wide = torch.empty(shape, dtype=torch.float32)
         wide = room[: len(values), : span.numel]
-        for row, value in zip(wide, values, strict=True):
+        for row, value in zip(wide.unbind(), values, strict=True):
             row.copy_(value[a:b])
         return wide
 

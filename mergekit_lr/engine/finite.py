@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mergekit_lr.checkpoint.dtypes import OVERFLOWS_AT
 from mergekit_lr.checkpoint.model import Checkpoint
@@ -12,7 +13,11 @@ from mergekit_lr.engine.job import Job
 from mergekit_lr.errors import NonFiniteError
 from mergekit_lr.graph.nodes import Sink, Source
 from mergekit_lr.lazy import torch
+from mergekit_lr.method import Companion
 from mergekit_lr.pieces import element_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STEP = 1 << 20
 
@@ -86,4 +91,24 @@ def explain_nonfinite(
         f"tensor {name!r}",
         f"{method} overflowed fp32 on finite inputs",
         "look at the weights and lambda in the recipe",
+    )
+
+
+def check_companion(values: Tensor, companion: Companion, file: str, name: str) -> None:
+    """Refuse NaN and infinity in a companion, and negative values where there can be none.
+
+    Raises:
+        NonFiniteError: says which file and entry.
+    """
+    if not values.numel():
+        return
+    low, high = (float(x) for x in torch.aminmax(values))
+    finite = math.isfinite(low) and math.isfinite(high)
+    if finite and not (companion.nonnegative and low < 0):
+        return
+    raise NonFiniteError(
+        f"the entry of {name!r} holds " + (f"{low:.3g}" if finite else "NaN or infinity"),
+        where=f"{companion.parameter} {file}",
+        why="squared gradients are never negative" if finite else "the training run diverged, or the file is damaged",
+        fix=companion.make,
     )

@@ -41,7 +41,7 @@ class Job:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.checkpoints = [self.inputs[m] for m in self.graph.models]
+        self.checkpoints = [self.inputs[m] for m in self.graph.files]
 
     def shard(self, number: int) -> tuple[int, Path]:
         """Descriptor and path of an output shard."""

@@ -53,7 +53,7 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
         "merge_method": plan.recipe.merge_method,
         "recipe_digest": plan.recipe.digest(),
         "fingerprint": fingerprint,
-        "inputs": [_input(plan, m) for m in plan.graph.models],
+        "inputs": [_input(plan, m) for m in plan.graph.files],
         "rules": plan.graph.rules(),
         "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in plan.graph.dropped],
         "warnings": plan.warnings + job.warnings,
@@ -89,7 +89,8 @@ def small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
         files[plan.layout.index_file] = index
     files["mergekit_lr.yml"] = _pinned(plan).encode()
     extra = plan.outline.extra if plan.outline else {}
-    files["README.md"] = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models if m not in extra]).encode()
+    card = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models if m not in extra])
+    files["README.md"] = (card + (plan.outline.card if plan.outline else "")).encode()
     method = plan.recipe.method
     if isinstance(method, Rewrite):
         files |= method.files(plan.recipe, report)

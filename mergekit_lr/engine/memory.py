@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mergekit_lr.errors import ResourceError
-from mergekit_lr.graph.nodes import MergeGraph, Result, Sink, operation_of, sources_of
+from mergekit_lr.graph.nodes import MergeGraph, Operation, Result, Sink, operation_of, sources_of
 from mergekit_lr.method import GRID, Slicing
 from mergekit_lr.pieces import element_count
 
-PIECE = GRID  # elements that a method sees at once: every tensor of a piece stays in a core's own cache
+PIECE = 2 * GRID  # elements that a method sees at once: what it works on stays in the core's caches
 READ = 1 << 19  # elements read and written by one system call
 DEVICE_PIECE = 1 << 23  # on a GPU pieces are large enough to fill it
 TEMPORARIES = 6  # fp32 tensors of a piece's size that a method may hold beside its inputs
+SYSTEM = 6  # fp64 matrices of a Gram's size: the sum, its eigenvectors, products, LAPACK's own room
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's mallopt parameters
 
 
@@ -41,7 +42,14 @@ def worker_bytes(graph: MergeGraph, sink: Sink, piece: int, read: int) -> int:
     operation = operation_of(sink.value)
     inputs = len(sources_of(sink.value))
     widened = 0 if operation is None else (inputs + len(operation.inputs) + TEMPORARIES) * 4 * piece
-    return (inputs * 4 + 4) * read + widened
+    return (inputs * 4 + 4) * read + widened + (_whole_bytes(operation) if operation else 0)
+
+
+def _whole_bytes(operation: Operation) -> int:
+    """Companions that are held whole: as read, and the fp64 system that is made of them and solved."""
+    if not operation.whole:
+        return 0
+    return 4 * operation.whole + SYSTEM * 8 * operation.whole // len(operation.companions)
 
 
 def default_limit() -> int:

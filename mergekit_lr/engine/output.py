@@ -64,7 +64,7 @@ class Output:
 
 def inputs_counted(graph: MergeGraph, sink: Sink) -> int:
     """How many inputs of an output's size progress counts for it."""
-    return 1 if operation_of(sink.value) is None else len(graph.models)
+    return 1 if operation_of(sink.value) is None else len(graph.files)
 
 
 def add_counts(total: dict[str, int], more: Mapping[str, int]) -> None:

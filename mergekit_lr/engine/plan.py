@@ -22,10 +22,13 @@ from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.output import inputs_counted
 from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
+from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.build import build_graph
+from mergekit_lr.graph.companions import open_companions
 from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, Result, Sink
+from mergekit_lr.method import Method
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.report.consistency import config_problems
@@ -63,7 +66,7 @@ class Plan:
         total = 0
         for sink in self.graph.sinks:
             for source in self.graph.sources(sink) if first_result(sink) else ():
-                total += self.inputs[self.graph.models[source.model]].tensors[source.tensor].nbytes
+                total += self.inputs[self.graph.files[source.model]].tensors[source.tensor].nbytes
         return total
 
     @property
@@ -80,7 +83,7 @@ class Plan:
             "recipe": self.recipe.digest(),
             "method": hashlib.sha256(source.encode()).hexdigest(),
             "graph": self.graph.digest,
-            "inputs": {m: self._identity(self.inputs[m]) for m in self.graph.models},
+            "inputs": {m: self._identity(self.inputs[m]) for m in self.graph.files},
             "shards": [[s.file, s.size] for s in self.layout.shards],
             "device": self.device.partition(":")[0],
         }
@@ -96,6 +99,7 @@ class Plan:
         return {
             "merge_method": self.recipe.merge_method,
             "models": list(self.graph.models),
+            "companions": list(self.graph.companions),
             "tensors": len(self.graph.sinks),
             "parameters": self.parameters,
             "rules": self.graph.rules(),
@@ -119,6 +123,7 @@ class Plan:
         d = self.to_dict()
         lines = [
             f"{d['merge_method']} of {len(d['models'])} models: {', '.join(d['models'])}",
+            *(f"beside them {file}" for file in d["companions"]),
             f"{d['tensors']} tensors, {d['parameters']:,} parameters, as {', '.join(d['dtypes'])}",
             f"reads {d['bytes_in'] / 2**20:,.1f} MiB, writes {d['bytes_out'] / 2**20:,.1f} MiB "
             f"in {len(d['shards'])} file{'s' if len(d['shards']) > 1 else ''}",
@@ -161,8 +166,9 @@ def planned(
 ) -> Iterator[Plan]:
     """Open the inputs, check them against each other, and lay everything out.
 
-    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. ``prepare`` is called
-    for a method that must find something out first, and returns the folder in which it kept that.
+    With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. Without it, heads that
+    a tied reference has no place for are compared with their model's embeddings. ``prepare`` is called for a method
+    that must find something out first, and returns the folder in which it kept that.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -181,6 +187,8 @@ def planned(
             plan = _lay_out(loaded, inputs, settings, prepared)
             for name in plan.inputs.keys() - inputs.keys():
                 stack.callback(plan.inputs[name].close)
+        if not headers_only:
+            refuse_untied_heads(plan.graph, plan.inputs)
         yield plan
 
 
@@ -207,7 +215,10 @@ def _opened(recipe: Recipe, stack: ExitStack, allow_pickle: bool, headers_only: 
         stack.callback(opened.close)
         _check_kind(opened, reads_bundles=isinstance(recipe.method, Rewrite) and recipe.method.reads_bundles)
         inputs[str(reference)] = opened
-    return inputs
+    beside = open_companions(recipe)
+    for checkpoint in beside.values():
+        stack.callback(checkpoint.close)
+    return inputs | beside
 
 
 def _check_kind(opened: Checkpoint, *, reads_bundles: bool) -> None:
@@ -285,7 +296,9 @@ def _small_files(
     warnings = [*recipe.warnings, *config_warnings, *file_warnings]
     if whole:
         warnings += [f"the output's config.json: {p}" for p in _contradictions(config, graph)]
-    for checkpoint in merged:
+    if isinstance(recipe.method, Method):
+        warnings += recipe.method.remarks([o.call for o in graph.operations])
+    for checkpoint in (*merged, *(inputs[f] for f in graph.companions)):
         warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
     lost = [d for d in graph.dropped if d[2] != OUTSIDE_SLICES] if outline is None else []
     if lost:

@@ -66,4 +66,3 @@ def run_preparation(
         )
     )
     return folder
-

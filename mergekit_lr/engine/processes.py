@@ -13,7 +13,8 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -78,38 +79,121 @@ def drain(job: Job, todo: Sequence[Unit], workers: int, tick: Callable[[int], No
             raise error
 
 
-def _outcome(process: ForkProcess, ours: Connection) -> tuple[BaseException | None, list[str]]:
+def in_order(job: Job, count: int, one: Callable[[Worker, int], Any], workers: int) -> Iterator[Any]:
+    """``one(worker, i)`` for i below ``count``, each done in a forked worker; results come in the order of i.
+
+    Raises:
+        the first error of a worker; ResourceError if one was killed.
+    """
+    context = multiprocessing.get_context("fork")
+    shared = _Shared(context.Value("q", 0), context.Value("q", 0), context.Event())
+    crew: dict[Connection, ForkProcess] = {}
+    ready: dict[int, Any] = {}
+    due = 0
     try:
-        error, warnings = ours.recv()
-    except EOFError:
-        code = process.exitcode
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        error = ResourceError(
-            "a worker process ended before its work",
-            why=how,
-            fix="if it ran out of memory allow less with --max-memory; run the same command again: it resumes",
-        )
-        warnings = []
-    ours.close()
-    return error, warnings
+        for _ in range(workers):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_compute, args=(job, count, one, shared, theirs, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            crew[ours] = process
+        working = set(crew)
+        while working:
+            for connection in wait(list(working)):
+                assert isinstance(connection, Connection)
+                try:
+                    i, result, warnings = connection.recv()
+                except EOFError:
+                    crew[connection].join()
+                    raise _lost(crew[connection]) from None
+                for text in warnings:
+                    job.warn(text)
+                if i is None:
+                    working.remove(connection)
+                    if result is not None:
+                        raise result
+                else:
+                    ready[i] = result
+            while due in ready:
+                yield ready.pop(due)
+                due += 1
+    finally:
+        shared.stop.set()
+        for connection, process in crew.items():
+            connection.close()  # a worker that is still sending gets a broken pipe
+            process.join()
 
 
-def _main(job: Job, todo: Sequence[Unit], shared: _Shared, theirs: Connection, parent: int) -> None:
-    """A worker process: take units until there are none, or until something failed anywhere."""
-    _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and stops us
-    job.forked(shared.stop)
-    torch.set_num_threads(1)
+def _compute(
+    job: Job, count: int, one: Callable[[Worker, int], Any], shared: _Shared, theirs: Connection, parent: int
+) -> None:
+    """A worker process of `in_order`: sends ``(i, result, [])`` each time, ``(None, error, warnings)`` at the end."""
+    _begin(job, shared, parent)
     error: BaseException | None = None
     try:
         with torch.inference_mode():
             worker = Worker(job)
-            while not shared.stop.is_set():
-                with shared.next.get_lock():
-                    i = shared.next.value
-                    shared.next.value += 1
-                if i >= len(todo):
-                    break
+            for i in _turns(shared, count):
+                theirs.send((i, one(worker, i), []))
+    except Stopped:
+        pass
+    except BrokenPipeError:  # the parent gave up
+        return
+    except BaseException as e:  # handed to the parent, which raises it
+        shared.stop.set()
+        error = e
+    with suppress(BrokenPipeError):
+        theirs.send((None, _portable(error), job.warnings))
+    theirs.close()
+
+
+def _turns(shared: _Shared, count: int) -> Iterator[int]:
+    """Numbers below ``count`` that no other worker has taken, until there are none or all must stop."""
+    while not shared.stop.is_set():
+        with shared.next.get_lock():
+            i = shared.next.value
+            shared.next.value += 1
+        if i >= count:
+            return
+        yield i
+
+
+def _begin(job: Job, shared: _Shared, parent: int) -> None:
+    """What every worker process does first."""
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and stops us
+    job.forked(shared.stop)
+    torch.set_num_threads(1)
+
+
+def _outcome(process: ForkProcess, ours: Connection) -> tuple[BaseException | None, list[str]]:
+    try:
+        error, warnings = ours.recv()
+    except EOFError:
+        error, warnings = _lost(process), []
+    ours.close()
+    return error, warnings
+
+
+def _lost(process: ForkProcess) -> ResourceError:
+    """Why a joined worker that said nothing is gone."""
+    code = process.exitcode
+    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    return ResourceError(
+        "a worker process ended before its work",
+        why=how,
+        fix="if it ran out of memory allow less with --max-memory; run the same command again: it resumes",
+    )
+
+
+def _main(job: Job, todo: Sequence[Unit], shared: _Shared, theirs: Connection, parent: int) -> None:
+    """A worker process: take units until there are none, or until something failed anywhere."""
+    _begin(job, shared, parent)
+    error: BaseException | None = None
+    try:
+        with torch.inference_mode():
+            worker = Worker(job)
+            for i in _turns(shared, len(todo)):
                 before = job.done_bytes
                 worker.run(todo[i])
                 with shared.done_bytes.get_lock():

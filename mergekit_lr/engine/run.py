@@ -224,7 +224,7 @@ def threads_drain(job: Job, todo: deque[Unit], workers: int, tick: Callable[[int
 
 
 def _check_inputs_unchanged(plan: Plan) -> None:
-    changed = [p for m in plan.graph.models for p in plan.inputs[m].changed()]
+    changed = [p for m in plan.graph.files for p in plan.inputs[m].changed()]
     if changed:
         raise CheckpointError(
             "an input changed during the run",

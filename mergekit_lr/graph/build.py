@@ -10,6 +10,7 @@ from mergekit_lr.checkpoint.dtypes import AVERAGED, RECIPE_DTYPES
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.errors import CheckpointError, join_problems
+from mergekit_lr.graph.companions import Beside, Lookup, companion_of, companion_paths, label
 from mergekit_lr.graph.nodes import Artifact, MergeGraph, Operation, Sink, Source
 from mergekit_lr.graph.places import Place, Places, find_places, left_out, why_absent
 from mergekit_lr.graph.spaces import as_input, as_weight
@@ -34,6 +35,9 @@ class _Builder:
         self.models = tuple(dict.fromkeys([self.reference, *taken]))
         self.takes_base = recipe.method.base in (Base.REQUIRED, Base.OPTIONAL)
         self.out_dtype = recipe.out_dtype or recipe.dtype
+        companion = companion_of(recipe)
+        self.companions = tuple(label(companion, p) for p in companion_paths(recipe)) if companion else ()
+        self.lookup = Lookup(companion, self.inputs, self.models, self.companions) if companion else None
 
     def source(self, model: str, name: str) -> Source | None:
         """Where ``model`` keeps what it calls ``name``; a tied head is its embeddings."""
@@ -99,10 +103,25 @@ class _Builder:
             seed=self.recipe.seed,
             keys=labels,
         )
-        space = method.space(base is not None)
-        operation = Operation(method.name, call, tuple(as_input(s, space, base) for s in sources), base, space)
         dtype = RECIPE_DTYPES[self.out_dtype] if self.out_dtype else info.dtype
-        return Sink(place.name, dtype, info.shape, as_weight(operation, base), "merged")
+        beside: Beside | None = Beside(call)
+        if self.lookup is not None and method.wants_companion(call):
+            beside = self.lookup.find(call, labels, names)
+        if beside is None:
+            return None
+        if beside.rule == "base" and base is not None:
+            return Sink(place.name, info.dtype, info.shape, base, "copied: no companion (missing: base)")
+        wrong = method.misfits(beside.call)
+        if beside.rule == "base":
+            wrong.append("`missing: base` needs a base_model")
+        self.problems += [f"tensor {place.name!r}: {w}" for w in wrong]
+        space = method.space(base is not None)
+        inputs = tuple(as_input(s, space, base) for s in sources)
+        operation = Operation(
+            method.name, beside.call, inputs, base, space, companions=beside.sources, whole=beside.whole
+        )
+        rule = "merged" if beside.rule is None else f"merged: without companions (missing: {beside.rule})"
+        return Sink(place.name, dtype, info.shape, as_weight(operation, base), rule)
 
     def dropped(self, places: Places) -> Iterable[tuple[str, str, str]]:
         """Input tensors that nothing takes."""
@@ -129,13 +148,16 @@ def build_graph(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> MergeGraph:
     refuse_quantised([inputs[m] for m in builder.models])
     places = find_places(recipe, inputs)
     sinks = [builder.sink(place) for place in places.every]
+    if builder.lookup is not None:
+        builder.problems += builder.lookup.complaints()
     if builder.problems:
         raise join_problems(CheckpointError, list(dict.fromkeys(builder.problems))[:MAX_PROBLEMS])
     complete = with_artifact(recipe.method, [s for s in sinks if s is not None])
     layers = None
     if places.layers is not None:
         layers = tuple((builder.models.index(model), index) for model, index in places.layers)
-    return MergeGraph(builder.models, tuple(complete), tuple(builder.dropped(places)), layers)
+    dropped = tuple(builder.dropped(places))
+    return MergeGraph(builder.models, tuple(complete), dropped, layers, companions=builder.companions)
 
 
 def with_artifact(method: Method, sinks: Sequence[Sink]) -> Sequence[Sink]:

@@ -19,7 +19,7 @@ from mergekit_lr.method import Call, Space
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Tensor ``tensor`` of input ``model`` (its index among the graph's models)."""
+    """Tensor ``tensor`` of input ``model`` (its index among the graph's `files`)."""
 
     model: int
     tensor: str
@@ -42,7 +42,11 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A method applied to its inputs, in the space that it declares."""
+    """A method applied to its inputs, in the space that it declares.
+
+    ``companions``: what is read beside each input, in their order, or nothing. ``whole``: elements of those that
+    are not cut with the tensor.
+    """
 
     method: str
     call: Call
@@ -50,6 +54,8 @@ class Operation:
     base: Source | None
     space: Space
     artifact: Artifact | None = None
+    companions: tuple[Source, ...] = ()
+    whole: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,7 @@ class MergeGraph:
     dropped: tuple[tuple[str, str, str], ...] = ()
     layers: tuple[tuple[int, int], ...] | None = None
     tasks: tuple[Task, ...] = ()
+    companions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for sink in self.sinks:
@@ -124,6 +131,11 @@ class MergeGraph:
         keys = [t.key for t in self.tasks]
         if len(set(keys)) < len(keys):
             raise ValueError("two tasks have one key")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Everything that is read: the models, then the companions."""
+        return self.models + self.companions
 
     def sources(self, sink: Sink) -> list[Source]:
         """Every tensor that is read for an output, each once, in order; for a result, those of the whole task."""
@@ -158,7 +170,7 @@ class MergeGraph:
             h.update(repr(sink).encode())
         for task in self.tasks:
             h.update(repr(task).encode())
-        h.update(json.dumps([self.models, self.dropped, self.layers]).encode())
+        h.update(json.dumps([self.files, self.dropped, self.layers]).encode())
         return h.hexdigest()
 
     def rules(self) -> dict[str, int]:
@@ -175,7 +187,7 @@ class MergeGraph:
 
     def show(self, node: Expression) -> str:
         if isinstance(node, Source):
-            return f"{self.models[node.model]}:{node.tensor}"
+            return f"{self.files[node.model]}:{node.tensor}"
         if isinstance(node, Delta):
             return f"({self.show(node.value)} - {self.show(node.base)})"
         if isinstance(node, Result):
@@ -183,7 +195,7 @@ class MergeGraph:
             return f"{task.method}[{node.index}]({', '.join(self.show(i) for i in task.inputs)})"
         if isinstance(node, Restore):
             return f"{self.show(node.base)} + {self.show(node.value)}"
-        return f"{node.method}({', '.join(self.show(i) for i in node.inputs)})"
+        return f"{node.method}({', '.join(self.show(i) for i in (*node.inputs, *node.companions))})"
 
 
 def operation_of(node: Expression) -> Operation | None:
@@ -206,6 +218,7 @@ def sources_of(node: Expression) -> list[Source]:
         found = [node.base] if node.base else []
         for i in node.inputs:
             found += sources_of(i)
+        found += node.companions
     return list(dict.fromkeys(found))
 
 

@@ -13,6 +13,9 @@ from mergekit_lr.errors import CheckpointError, join_problems
 from mergekit_lr.graph.nodes import OUTSIDE_SLICES
 from mergekit_lr.recipe import Group, ModelEntry, Recipe
 
+TIED = "tied to the embeddings in "
+"""How the rule of a dropped head begins, before the reference's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -143,7 +146,7 @@ def _range(entry: ModelEntry) -> tuple[int, int]:
 def why_absent(name: str, reference: Checkpoint) -> str:
     """Why the output has no place for an input's tensor ``name``."""
     tied = tied_source(name, reference.tensors) and config_ties(reference.config)
-    return f"tied to the embeddings in {reference.reference}" if tied else f"absent from {reference.reference}"
+    return f"{TIED}{reference.reference}" if tied else f"absent from {reference.reference}"
 
 
 def left_out(recipe: Recipe, inputs: Mapping[str, Checkpoint], places: Places) -> Iterator[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit_lr.arch.layers import layer_of
+from mergekit_lr.arch.moe_families import EXPERT_KEYS
 from mergekit_lr.arch.tied import EMBEDDINGS, HEADS
 from mergekit_lr.checkpoint.header import TensorInfo
 
@@ -25,10 +26,6 @@ PLAIN_FAMILIES = frozenset(
     {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"}
     | {"olmo", "olmo2", "granite", "cohere", "starcoder2", "stablelm", "smollm3"}
 )
-
-
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Names of the expert count. transformers 5 writes ``num_local_experts`` where it read ``num_experts``."""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,12 +16,20 @@ SURFACE = {
         *("RECIPE", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
         *("--overwrite", "--allow-pickle", "--json", "--quiet -q"),
     ],
+    "recover": [
+        *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),
+        *("--resume/--restart", "--overwrite", "--json", "--quiet -q"),
+    ],
     "plan": ["RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--json"],
     "check": ["RECIPE", "--json"],
     "verify": ["OUT", "--json"],
     "inspect": ["MODEL", "--allow-pickle", "--json"],
     "methods": ["NAME", "--json"],
     "schema": [],
+    "calibrate": [
+        *("MODEL", "OUT", "FILE", "--text", "--samples", "--sequence-length", "--grams", "--similarity-tokens"),
+        *("--dtype", "--device", "--max-memory", "--seed", "--resume/--restart", "--overwrite", "--json", "--quiet -q"),
+    ],
     "extract-lora": [
         *("MODEL", "BASE", "OUT", "--rank", "--energy", "--embeddings", "--include", "--exclude", "--dtype"),
         *("--device", "--max-memory", "--threads", "--resume/--restart", "--overwrite", "--allow-pickle"),
@@ -47,21 +55,35 @@ def test_commands_and_options_are_frozen() -> None:
     assert found == SURFACE
 
 
-@pytest.mark.parametrize("command", ["merge", "plan", "extract-lora"])
+<<<<<<< HEAD
+FUNCTIONS = ["merge", "plan", "calibrate", "extract-lora"]
+"""Commands whose function takes the same options."""
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+=======
+@pytest.mark.parametrize("command", ["merge", "recover", "plan"])
+>>>>>>> 0769702 (Two values an entry at the size of TALL masks; recover, inspect and verify bundles; tests of packing)
 def test_the_function_of_a_command_takes_its_options(command: str) -> None:
     """``--max-memory`` is ``max_memory=``; ``--json`` and ``--quiet`` are about printing."""
     function = getattr(mergekit_lr, command.replace("-", "_"))
     options = {n.split("/")[0].split()[0].lstrip("-").lower().replace("-", "_") for n in SURFACE[command]}
-    assert set(inspect.signature(function).parameters) - {"progress"} == options - {"json", "quiet"}
+    assert set(inspect.signature(function).parameters) - {"progress"} == options - {"json", "quiet", "file"}
 
 
 def test_defaults_are_those_of_the_functions() -> None:
     group = get_command(app)
-    for command in ("merge", "plan", "extract-lora"):
+<<<<<<< HEAD
+    for command in FUNCTIONS:
         signature = inspect.signature(getattr(mergekit_lr, command.replace("-", "_")))
+=======
+    for command in ("merge", "recover", "plan"):
+        signature = inspect.signature(getattr(mergekit_lr, command))
+>>>>>>> 0769702 (Two values an entry at the size of TALL masks; recover, inspect and verify bundles; tests of packing)
         for p in group.commands[command].params:  # type: ignore[attr-defined]
             if p.param_type_name == "option" and p.name in signature.parameters:
                 default = signature.parameters[p.name].default
+                required = default is inspect.Parameter.empty  # the command says itself what is missing
                 same = default == p.default or (p.name == "shard_size" and str(p.default) == "5GB")
-                same = same or (default == () and p.default is None)  # an option that may be given many times
-                assert same, (command, p.name, p.default, default)
+                same = same or (default == () and p.default is None)  # may be given many times
+                assert same or required, (command, p.name, p.default, default)

@@ -149,6 +149,34 @@ def test_tied_head_is_written_as_the_base_has_it(make, random_tensors, tmp_path,
     assert ((got - exact).abs() <= exact.abs() * 2**-8 + 1e-8).all()
 
 
+TIED = {"model_type": "llama", "tie_word_embeddings": True}
+
+
+def test_a_head_of_its_own_is_refused_where_the_base_ties_it(make, random_tensors, tmp_path):
+    tied = {k: v for k, v in random_tensors(0).items() if k != "lm_head.weight"}
+    base, other = make("base", tied, config=TIED), make("other", random_tensors(1))
+    with pytest.raises(CheckpointError, match=r"other: 'lm_head.weight' differs.*base_model"):
+        merge(task(base, other), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+    merge(task(other, base), tmp_path / "advised", device="cpu")  # what the message says to do
+
+
+def test_a_stored_head_that_is_the_embeddings_is_dropped_by_a_rule(make, random_tensors, tmp_path, load):
+    tied = {k: v for k, v in random_tensors(0).items() if k != "lm_head.weight"}
+    both = random_tensors(1)
+    both["lm_head.weight"] = both["model.embed_tokens.weight"].clone()
+    base, other = make("base", tied, config=TIED), make("other", both, config=TIED)
+    result = merge(task(base, other), tmp_path / "out", device="cpu")
+    assert "lm_head.weight" not in load(tmp_path / "out")
+    [dropped] = result.report["dropped"]
+    assert (dropped["tensor"], dropped["rule"]) == ("lm_head.weight", f"tied to the embeddings in {base}")
+    both["lm_head.weight"][95, 63] += 1  # the last element alone
+    odd = make("odd", both, config=TIED)
+    with pytest.raises(CheckpointError, match="differs from the model's embeddings"):
+        merge(task(base, odd), tmp_path / "lost", device="cpu")
+
+
 def test_missing_tensors_and_shapes_are_reported_all_at_once(make, random_tensors, tmp_path):
     base = random_tensors(0)
     other = random_tensors(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -43,6 +44,44 @@ def test_processes_write_the_bytes_that_threads_write(recipe, tmp_path, monkeypa
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "threads" / "model.safetensors").read_bytes()
         assert report["tensors"] == json.loads((tmp_path / "threads" / "merge_report.json").read_text())["tensors"]
         assert seen[-1].done_bytes == seen[-1].total_bytes
+
+
+MODEL_WIDE = {"threshold_scope": "model"}
+
+
+def test_model_wide_statistics_of_processes_give_the_bytes_of_threads(recipe, tmp_path, monkeypatch):
+    recipe["parameters"] = MODEL_WIDE
+    merge(recipe, tmp_path / "threads", device="cpu", threads=2)
+    monkeypatch.setattr(processes, "FORK_FROM", 0)
+    ran = []
+    gather = processes.in_order
+    monkeypatch.setattr(processes, "in_order", lambda *a: ran.append(a[3]) or gather(*a))
+    for workers in (2, 5):
+        out = tmp_path / f"processes-{workers}"
+        merge(recipe, out, device="cpu", threads=workers)
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "threads" / "model.safetensors").read_bytes()
+    assert {2, 5} <= set(ran)
+
+
+def test_a_failing_pass_is_reported_and_leaves_nobody_behind(recipe, tmp_path, forked, monkeypatch):
+    from mergekit_lr.magnitudes import Collect
+
+    recipe["parameters"] = MODEL_WIDE
+    parent, look = os.getpid(), Collect.map
+
+    def fail(self, call, piece):
+        if ".7." in call.name and os.getpid() != parent:
+            raise NonFiniteError("no good", where=call.name, fix="mend it")
+        return look(self, call, piece)
+
+    monkeypatch.setattr(Collect, "map", fail)
+    with pytest.raises(NonFiniteError, match=r"layers\.7\.w.*no good.*mend it"):
+        merge(recipe, tmp_path / "out", device="cpu", threads=2)
+    monkeypatch.setattr(Collect, "map", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ResourceError, match="signal 9"):
+        merge(recipe, tmp_path / "out", device="cpu", threads=2)
+    assert multiprocessing.active_children() == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors_of_a_worker_are_raised_here_as_they_are(recipe, make, random_tensors, tmp_path, forked):

@@ -83,7 +83,7 @@ def test_what_is_not_finite_is_found(halves, make, random_tensors, tmp_path):
     tensors = random_tensors(3, shapes={"a.weight": (6, 8)})
     tensors["a.weight"][2, 1] = float("nan")
     bad = make("bad", tensors)
-    with pytest.raises(NonFiniteError, match="'a.weight'"):
+    with pytest.raises(NonFiniteError, match=r"'a\.weight'"):
         merge(recipe(bad), tmp_path / "out", device="cpu")
     merge(recipe(bad, nonfinite="allow"), tmp_path / "allowed", device="cpu")
 

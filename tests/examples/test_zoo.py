@@ -43,7 +43,10 @@ def test_folder_loads_without_a_stray_key(name: str) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(MODELS / name, output_loading_info=True)
     assert all(not keys for keys in info.values()), info
     assert model.dtype == torch.bfloat16
+    window = json.loads((MODELS / "LOSSES.json").read_text())["window"]  # what it was trained and measured with
+    assert model.config.max_position_embeddings == window
     tokenizer = AutoTokenizer.from_pretrained(MODELS / name)
+    assert tokenizer.model_max_length == window
     assert len(tokenizer) == model.config.vocab_size
     ids = tokenizer("The file", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lr.combine import agreeing_sum, majority_sign, sum_in_place, summable, weighted_sum
+from mergekit_lr.combine import agreeing_sum, majority, sum_in_place, summable, weighted_sum
 
 SMALL_GRID = st.integers(-3, 3)
 
@@ -33,17 +33,17 @@ def test_agreeing_sum_is_a_masked_mean(columns: list[tuple[int, int, int]], shar
     if divide:
         divisor = (np.array(shares)[:, None] * keep).sum(0)
         want = want / np.where(divisor == 0, 1, divisor)
-    elected = majority_sign(parts)
+    elected = majority(parts)
     voted = x.any(axis=0)
-    assert np.array_equal(elected.numpy()[voted], sign[voted])
+    assert np.array_equal(np.signbit(elected.numpy())[voted], sign[voted] < 0)
     got = agreeing_sum(parts, elected, shares=shares if divide else None)
     assert np.allclose(got.numpy(), want, rtol=1e-6, atol=0)
 
 
 def test_a_tie_goes_to_plus() -> None:
     parts = [torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])]
-    sign = majority_sign(parts)
-    assert sign.tolist() == [1, 1]
+    sign = majority(parts)
+    assert not np.signbit(sign.numpy()).any()
     assert agreeing_sum(parts, sign, shares=None).tolist() == [1, 1]
 
 
@@ -71,6 +71,22 @@ def test_large_coefficients_are_not_summed_from_weights() -> None:
     assert summable([1.0, -15.0]) == [1.0, -15.0]
     assert summable([1e7, 0.6]) is None
     assert str(summable([float("nan"), 1.0])) == "[nan, 1.0]"
+
+
+@pytest.mark.parametrize("share", [0.4, 0.1, 1 / 3, 1e-3])
+@pytest.mark.parametrize("models", [1, 2, 3, 5, 9])
+def test_counting_equal_shares_gives_the_bits_of_adding_them(share: float, models: int) -> None:
+    generator = torch.Generator().manual_seed(models)
+    parts = [torch.randn(4096, generator=generator) for _ in range(models)]
+    sign = np.copysign(np.float32(1), majority(parts).numpy())
+    agreeing = [np.maximum(x.numpy() * sign, np.float32(0)) for x in parts]
+    total, divisor = agreeing[0].copy(), np.sign(agreeing[0]) * np.float32(share)
+    for x in agreeing[1:]:
+        total += x
+        divisor += np.sign(x) * np.float32(share)
+    want = total / np.where(divisor == 0, np.float32(1), divisor) * sign
+    got = agreeing_sum(parts, majority(parts), shares=[share] * models)
+    assert np.array_equal(got.numpy().view(np.int32), want.view(np.int32))
 
 
 def test_nothing_to_add_is_an_error() -> None:

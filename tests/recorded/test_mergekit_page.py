@@ -44,9 +44,17 @@ def test_table_names_parameters_with_their_defaults(method: str, said: str) -> N
             assert known[name]["required"] or name == "scale"
 
 
+# What mergekit 0.1.5 calls its methods, as far as this project has or will have them.
+IN_MERGEKIT = {
+    *("linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties"),
+    *("della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "passthrough"),
+    *("arcee_fusion", "nearswap", "ram"),
+}
+
+
 def test_table_has_every_method_that_mergekit_has() -> None:
     random_too = {"della", "della_linear", "dare_linear", "dare_ties"}
-    assert {method for method, _ in table_rows()} | random_too == set(builtin_methods())
+    assert {method for method, _ in table_rows()} | random_too == set(builtin_methods()) & IN_MERGEKIT
 
 
 def test_della_alone_divides_by_the_weights() -> None:
