@@ -21,14 +21,10 @@ from mergekit_lr.recipe.walk import ROOT_KEYS, UNSUPPORTED
 from mergekit_lr.registry import builtin_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
-<<<<<<< HEAD
 COMMANDS = [
-    *("", "merge", "plan", "check", "verify", "inspect", "methods", "schema", "extract-lora", "eval"),
+    *("", "merge", "recover", "plan", "check", "verify", "inspect", "methods", "schema", "extract-lora", "eval"),
     *("calibrate",),
 ]
-=======
-COMMANDS = ["", "merge", "recover", "plan", "check", "verify", "inspect", "methods", "schema", "eval"]
->>>>>>> 0769702 (Two values an entry at the size of TALL masks; recover, inspect and verify bundles; tests of packing)
 
 
 def help_of(command: str) -> str:

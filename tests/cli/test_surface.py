@@ -55,15 +55,11 @@ def test_commands_and_options_are_frozen() -> None:
     assert found == SURFACE
 
 
-<<<<<<< HEAD
-FUNCTIONS = ["merge", "plan", "calibrate", "extract-lora"]
+FUNCTIONS = ["merge", "recover", "plan", "calibrate", "extract-lora"]
 """Commands whose function takes the same options."""
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
-=======
-@pytest.mark.parametrize("command", ["merge", "recover", "plan"])
->>>>>>> 0769702 (Two values an entry at the size of TALL masks; recover, inspect and verify bundles; tests of packing)
 def test_the_function_of_a_command_takes_its_options(command: str) -> None:
     """``--max-memory`` is ``max_memory=``; ``--json`` and ``--quiet`` are about printing."""
     function = getattr(mergekit_lr, command.replace("-", "_"))
@@ -73,13 +69,8 @@ def test_the_function_of_a_command_takes_its_options(command: str) -> None:
 
 def test_defaults_are_those_of_the_functions() -> None:
     group = get_command(app)
-<<<<<<< HEAD
     for command in FUNCTIONS:
         signature = inspect.signature(getattr(mergekit_lr, command.replace("-", "_")))
-=======
-    for command in ("merge", "recover", "plan"):
-        signature = inspect.signature(getattr(mergekit_lr, command))
->>>>>>> 0769702 (Two values an entry at the size of TALL masks; recover, inspect and verify bundles; tests of packing)
         for p in group.commands[command].params:  # type: ignore[attr-defined]
             if p.param_type_name == "option" and p.name in signature.parameters:
                 default = signature.parameters[p.name].default
