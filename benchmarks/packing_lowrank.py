@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "examples"))
 
 from zoo import WORK, models
 from zoo.text import heldout_tokens

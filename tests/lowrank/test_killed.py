@@ -31,11 +31,7 @@ def act(out):
 def tuned(base: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "tuned"
     folder.mkdir()
-    moved = {
-        n: t + 0.1 * normal(50 + i, *SHAPES[n])
-        for i, (n, t) in enumerate(tensors_of(base).items())
-        if n == Q or n == NORM
-    }
+    moved = {n: t + 0.1 * normal(50, *SHAPES[n]) for n, t in tensors_of(base).items() if n in (Q, NORM)}
     moved = tensors_of(base) | moved
     save_file(moved, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
