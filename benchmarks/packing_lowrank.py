@@ -27,14 +27,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "examples"))
 
-from zoo import WORK, models
-from zoo.text import heldout_tokens
+from zoo import WORK, models  # noqa: E402
+from zoo.text import heldout_tokens  # noqa: E402
 
-from benchmarks.report import table
-from mergekit_lr import extract_lora, merge, open_bundle
-from mergekit_lr.checkpoint.open import open_model
-from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.lowrank.adapters import read_whole
+from benchmarks.report import table  # noqa: E402
+from mergekit_lr import extract_lora, merge, open_bundle  # noqa: E402
+from mergekit_lr.checkpoint.open import open_model  # noqa: E402
+from mergekit_lr.checkpoint.reference import ModelReference  # noqa: E402
+from mergekit_lr.lowrank.adapters import read_whole  # noqa: E402
 
 MODELS = ROOT / "examples" / "models"
 FULL = ("python", "c", "german")
