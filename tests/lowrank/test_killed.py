@@ -17,8 +17,6 @@ EXTRACT = """
 from mergekit_lr import extract_lora
 def act(out):
     extract_lora({model!r}, {base!r}, out, rank=2, embeddings="lora", device="cpu", threads=1)
-    report = json.loads((out / "merge_report.json").read_text())
-    (out / "merge_report.json").write_text(json.dumps({{**report, "tensors": report["modules"]}}))
 """
 MERGE = """
 from mergekit_lr import merge
