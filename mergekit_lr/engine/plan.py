@@ -182,6 +182,9 @@ def planned(
         settings = Settings(choose_device(device), max_memory, threads, parse_size(shard_size))
         prepared = None
         if prepare is not None and isinstance(loaded.method, Rewrite) and loaded.method.prepares:
+            # What does not fit is found before anything is prepared, and before the output's place is taken.
+            for opened in loaded.method.outline(loaded, inputs, None).extra.values():
+                opened.close()
             prepared = prepare(loaded, inputs, settings)
         with _without_collector():
             plan = _lay_out(loaded, inputs, settings, prepared)
