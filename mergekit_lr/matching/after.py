@@ -30,7 +30,15 @@ def patterns(only: str | None) -> list[str]:
 def aligned_order(recipe: Recipe) -> list[str]:
     """Models in the order of alignment, the first the one that stays: the base where there is one."""
     base = [str(recipe.base_model)] if recipe.base_model else []
-    return list(dict.fromkeys([*base, *(str(m.reference) for m in recipe.input_models())]))
+    order = [*base, *(str(m.reference) for m in recipe.input_models())]
+    if len(order) < 2 or len(set(order)) < len(order):
+        raise RecipeError(
+            "there is nothing to align",
+            where=str(recipe.origin or "recipe"),
+            why="one model stands twice" if len(order) > 1 else "there is one model and no base_model",
+            fix="name two different models",
+        )
+    return order
 
 
 @dataclass(frozen=True)
