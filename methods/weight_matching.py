@@ -39,6 +39,7 @@ class WeightMatching(Rewrite):
     min_models = 1
     commutes = False
     prepares = True
+    aligns_tokens = True
     settings = frozenset({"permutations", "calibration"})
 
     class Merge(Parameters):

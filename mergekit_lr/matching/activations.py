@@ -1,14 +1,15 @@
 """Matching by what neurons do on data, with the same ascent: activations join the weights as tensors of their own.
 
-What enters a linear layer has the groups of the axis along which it reads. Standardised (mean 0, norm 1 over the samples)
-and laid out as ``[n, samples]`` it is one more tensor ``<weight>::input`` of the model whose inner products are
-correlations, so matching by activations, by weights or by both differ only in which tensors count.
+What enters a linear layer has the groups of the axis along which it reads. Standardised (mean 0, norm 1 over the
+samples) and laid out as ``[n, samples]`` it is one more tensor ``<weight>::input`` of the model, whose inner products
+are correlations; so matching by activations, by weights or by both differ only in which tensors count.
 
 Source: Ainsworth et al., arXiv 2209.04836, section 3.1; Li et al., "Convergent Learning", arXiv 1511.07543.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from mergekit_lr.arch.layers import layer_of
 from mergekit_lr.arch.symmetry import Factor, SymmetrySpec, TensorSpec
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.matching.member import Member, Read, identity
+from mergekit_lr.matching.neurons import standardised
 
 Cost = Literal["weights", "activations", "both"]
 SUFFIX = "::input"
@@ -89,13 +91,14 @@ def with_activations(
     Raises:
         CheckpointError: the two were not recorded on the same samples.
     """
-    entries, tables = [], ({}, {})  # type: tuple[list[TensorSpec], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    entries: list[TensorSpec] = []
+    tables: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     for name, entry in watched(spec).items():
         xs = [r[name] for r in recorded]
         if len(xs[0]) != len(xs[1]):
             raise CheckpointError(f"activations of {name} are of {len(xs[0])} and of {len(xs[1])} samples")
         for table, x in zip(tables, xs, strict=True):
-            table[name + SUFFIX] = _standardised(x)
+            table[name + SUFFIX] = standardised(x).contiguous()
         axes = (entry.axes[entry.reads[0]], ((Factor(None, len(xs[0])),),))
         entries.append(TensorSpec((name + SUFFIX,), axes))
     if cost == "both":
@@ -120,21 +123,14 @@ def widened(spec: SymmetrySpec, member: Member) -> Member:
     return Member({**still.permutations, **member.permutations}, {**still.signs, **member.signs})
 
 
-def _standardised(x: Tensor) -> Tensor:
-    centred = x - x.mean(dim=0)
-    norm = centred.norm(dim=0)
-    constant = norm <= 1e-12 * x.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.where(constant, 0.0, centred / norm.masked_fill(constant, 1.0)).T.contiguous()
-
-
 def _scale(spec: SymmetrySpec, reads: tuple[Read, Read], tables: tuple[dict[str, Tensor], dict[str, Tensor]]) -> float:
     def norm(tensors: Sequence[Tensor]) -> float:
-        return float(sum(float(t.double().square().sum()) for t in tensors)) ** 0.5
+        return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
 
     names = [n for t in spec.tensors if t.groups() for n in t.names]
     weights = [norm([t for t in map(read, names) if t.is_floating_point()]) for read in reads]
     inputs = [norm(list(t.values())) for t in tables]
-    return (weights[0] * weights[1] / (inputs[0] * inputs[1])) ** 0.5 if min(inputs) > 0 else 0.0
+    return math.sqrt(weights[0] * weights[1] / (inputs[0] * inputs[1])) if min(inputs) > 0 else 0.0
 
 
 def record_text(folder: Path, spec: SymmetrySpec, texts: Sequence[str], samples: int, length: int) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from mergekit_lr.arch.symmetry import Axis, SymmetrySpec
 from mergekit_lr.errors import CheckpointError, LinalgError, UsageError
 from mergekit_lr.linalg.assignment import assign, cross_gram, one_thread
+from mergekit_lr.matching.occurrences import unfold
 
 REPLICAS = 4096
 """Largest number of equal shares into which both sides are cut before an exact plan is left to POT."""
@@ -127,9 +128,10 @@ def soft_apply(spec_a: SymmetrySpec, plans: Plans, name: str, tensor: Tensor) ->
 def _mix(x: Tensor, axis: int, plan: Tensor, block: int, reads: bool) -> Tensor:
     n, m = plan.shape
     weights = plan * (m if reads else n)
-    x = x.unflatten(axis, (m, block)).movedim(axis, 0)
-    mixed = torch.tensordot(weights, x, dims=([1], [0]))
-    return mixed.movedim(0, axis).flatten(axis, axis + 1)
+    x = unfold(x, axis, (m, block)).movedim(axis, 0)
+    mixed: Tensor = torch.tensordot(weights, x, dims=([1], [0]))
+    back = mixed.movedim(0, axis)
+    return back.reshape(*back.shape[:axis], n * block, *back.shape[axis + 2 :])
 
 
 def _soft_group(axis: Axis) -> str | None:
@@ -178,7 +180,7 @@ def _gain(
 
 
 def _rows(x: Tensor, axis: int, n: int) -> Tensor:
-    return x.unflatten(axis, (n, -1)).movedim(axis, 0).reshape(n, -1)
+    return unfold(x, axis, (n, -1)).movedim(axis, 0).reshape(n, -1)
 
 
 def _check_fit(a: SymmetrySpec, b: SymmetrySpec, soft: list[str]) -> None:
