@@ -277,11 +277,65 @@ def plot(pairs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
+def write_tables(result: dict[str, Any]) -> None:
+    """Between the markers of docs/quality_matching.md."""
+    page = HERE.parent / "docs" / "quality_matching.md"
+    text = page.read_text(encoding="utf-8")
+    begin, end = "<!-- matching:begin -->\n", "<!-- matching:end -->"
+    head, rest = text.split(begin)
+    page.write_text(head + begin + "\n".join(table_lines(result)) + "\n" + rest[rest.index(end) :], encoding="utf-8")
+
+
+def table_lines(result: dict[str, Any]) -> list[str]:
+    rows = [*result["pairs"], *([result["language"]] if "language" in result else [])]
+    lines = [
+        "| pair | barrier: as is | matched | share | soft (OT) | middle: matched | PLeaS | PLeaS, 1.2 x | agreement |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        share = f"{100 * r['barrier_matched'] / r['barrier_naive']:.1f} %"
+        numbers = [f"{r[k]:.3f}" for k in ("barrier_naive", "barrier_matched")]
+        numbers += [
+            share,
+            *(f"{r[k]:.3f}" for k in ("barrier_ot", "middle_matched", "middle_pleas", "middle_pleas_wide")),
+        ]
+        agreement = f"{r['agreement_before']['weighted']:.2f} to {r['agreement']['weighted']:.2f}"
+        lines.append(f"| {r['pair']} | " + " | ".join([*numbers, agreement]) + " |")
+    lines += [
+        "",
+        "| three perceptrons | mean of their losses | average as they are | MergeMany | rounds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for m in result["many"]:
+        losses = " | ".join(f"{m[k]:.3f}" for k in ("mean_of_three", "naive", "many"))
+        lines.append(f"| width {m['width']} | {losses} | {m['rounds']} |")
+    if "timing" in result:
+        t = result["timing"]
+        lines += [
+            "",
+            "| one core, shapes of Llama 8B | CPU seconds |",
+            "|---|---:|",
+            f"| assignment of 4096, random gains | {t['ffn_4096']['random']:.2f} |",
+            f"| assignment of 4096, a noisy planted permutation | {t['ffn_4096']['planted']:.2f} |",
+            f"| product 4096 x 14336 x 4096 from bf16 | {t['product_4096x14336_seconds']:.2f} |",
+            "",
+            f"The product ran at {100 * t['product_share_of_gemm']:.0f} % of what a plain fp64 product reached in the "
+            f"same minute ({t['gemm_gflops']:.0f} GFLOP/s).",
+        ]
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for trained models")
+    parser.add_argument("--work", type=Path, default=Path("build/matching"), help="folder for trained models")
+    parser.add_argument(
+        "--table", action="store_true", help="write the tables of docs/quality_matching.md, measure nothing"
+    )
     parser.add_argument("--parts", nargs="+", default=["digits", "language", "timing"])
     arguments = parser.parse_args()
+    if arguments.table:
+        write_tables(json.loads(RESULT.read_text()))
+        return
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
@@ -293,6 +347,7 @@ def main() -> None:
         result["timing"] = timing()
     result["torch"] = torch.__version__
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_tables(result)
     if "pairs" in result:
         plot([*result["pairs"], *([result["language"]] if "language" in result else [])], RESULT.with_suffix(".png"))
 

@@ -79,7 +79,7 @@ def pleas(
         CheckpointError: a group that is to be widened is not a plain axis everywhere.
         UsageError: a budget is outside 1 .. 2.
     """
-    tensors = {n: t.detach() for n, t in a.state_dict().items()}, {n: t.detach() for n, t in b.state_dict().items()}
+    tensors = _covered(spec, a), _covered(spec, b)
     splits = {g: split(spec, g, *tensors, budget) for g, budget in (budgets or {}).items()}
     out = {n: _averaged(spec, splits, n, x, tensors[1][n]) for n, x in tensors[0].items()}
     with one_thread():
@@ -89,6 +89,11 @@ def pleas(
             if shift is not None:
                 out[bias] = shift
     return out
+
+
+def _covered(spec: SymmetrySpec, model: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors; one that is another one by a second name (a tied head) is left out with its second name."""
+    return {n: t.detach() for n, t in model.state_dict().items() if n in spec.of_tensor}
 
 
 def _averaged(spec: SymmetrySpec, splits: Mapping[str, Split], name: str, x: Tensor, y: Tensor) -> Tensor:
