@@ -325,6 +325,12 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def publish(result: dict[str, Any]) -> None:
+    """Tables and plot."""
+    write_tables(result)
+    plot([*result["pairs"], *([result["language"]] if "language" in result else [])], RESULT.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("build/matching"), help="folder for trained models")
@@ -334,22 +340,21 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["digits", "language", "timing"])
     arguments = parser.parse_args()
     if arguments.table:
-        write_tables(json.loads(RESULT.read_text()))
+        publish(json.loads(RESULT.read_text()))
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    if "digits" in arguments.parts:
-        result["pairs"], result["many"] = digit_rows(arguments.work)
-    if "language" in arguments.parts:
-        result["language"] = language_row(arguments.work)
-    if "timing" in arguments.parts:
-        result["timing"] = timing()
-    result["torch"] = torch.__version__
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    write_tables(result)
-    if "pairs" in result:
-        plot([*result["pairs"], *([result["language"]] if "language" in result else [])], RESULT.with_suffix(".png"))
+    for part in arguments.parts:
+        if part == "digits":
+            result["pairs"], result["many"] = digit_rows(arguments.work)
+        elif part == "language":
+            result["language"] = language_row(arguments.work)
+        elif part == "timing":
+            result["timing"] = timing()
+        result["torch"] = torch.__version__
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    publish(result)
 
 
 if __name__ == "__main__":
