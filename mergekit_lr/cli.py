@@ -168,6 +168,55 @@ def merge(
 
 
 @command
+def recover(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.", show_default=False)],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Name of one of its tasks.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The base model, if the bundle does not hold it and it was moved."),
+    ] = None,
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one task of BUNDLE as a model into the folder OUT."""
+    import mergekit_lr
+    from mergekit_lr.progress import show_progress
+
+    with show_progress(quiet) as progress:
+        result = mergekit_lr.recover(
+            bundle,
+            task,
+            out,
+            base=base,
+            device=device,
+            max_memory=max_memory,
+            threads=threads,
+            shard_size=shard_size,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if not quiet:
+        for line in result.report.get("warnings", []):
+            say(f"warning: {line}")
+    if as_json:
+        print_json({"out": str(result.out), **result.report})
+    else:
+        print(result.out)
+
+
+@command
 def plan(
     recipe: RecipePath,
     device: Device = "auto",
@@ -214,7 +263,7 @@ def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a model.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Check that a model folder is whole. Reads every weight, and compares with its report where it has one."""
+    """Check that a model folder or a bundle is whole. Reads every weight, and compares with its own digests."""
     import mergekit_lr
 
     report = mergekit_lr.verify(out)
@@ -228,11 +277,13 @@ def verify(
 
 @command
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, file or Hub id.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, file, Hub id, or a bundle.", show_default=False)
+    ],
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a model holds: tensors, dtypes, layers. Reads headers only."""
+    """Say what a model or a bundle holds. Reads headers only."""
     import mergekit_lr
 
     found = mergekit_lr.inspect(model, allow_pickle=allow_pickle)

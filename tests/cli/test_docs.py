@@ -22,8 +22,8 @@ from mergekit_lr.registry import builtin_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
 COMMANDS = [
-    *("", "merge", "plan", "check", "verify", "inspect", "methods", "schema", "extract-lora", "eval"),
-    *("calibrate", "curvature", "curvature-report"),
+    *("", "merge", "recover", "plan", "check", "verify", "inspect", "methods", "schema", "extract-lora", "eval"),
+    *("calibrate", "barrier", "curvature", "curvature-report"),
 ]
 
 

@@ -16,6 +16,10 @@ SURFACE = {
         *("RECIPE", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
         *("--overwrite", "--allow-pickle", "--json", "--quiet -q"),
     ],
+    "recover": [
+        *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),
+        *("--resume/--restart", "--overwrite", "--json", "--quiet -q"),
+    ],
     "plan": ["RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--json"],
     "check": ["RECIPE", "--json"],
     "verify": ["OUT", "--json"],
@@ -56,7 +60,7 @@ def test_commands_and_options_are_frozen() -> None:
     assert found == SURFACE
 
 
-FUNCTIONS = ["merge", "plan", "calibrate", "curvature", "extract-lora"]
+FUNCTIONS = ["merge", "recover", "plan", "calibrate", "curvature", "extract-lora"]
 """Commands whose function takes the same options."""
 
 
