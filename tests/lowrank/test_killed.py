@@ -14,13 +14,13 @@ from ..killing import killed_everywhere
 from .conftest import CONFIG, NORM, SHAPES, Q, normal, tensors_of
 
 EXTRACT = """
-import mergekit_lr.lowrank.decompose, mergekit_lr.lowrank.combine, mergekit_lr.lowrank.positions  # once, not in every fork
+import mergekit_lr.lowrank.decompose, mergekit_lr.lowrank.combine, mergekit_lr.lowrank.positions
 from mergekit_lr import extract_lora
 def act(out):
     extract_lora({model!r}, {base!r}, out, rank=2, embeddings="lora", device="cpu", threads=1)
 """
 MERGE = """
-import mergekit_lr.lowrank.decompose, mergekit_lr.lowrank.combine, mergekit_lr.lowrank.positions  # once, not in every fork
+import mergekit_lr.lowrank.decompose, mergekit_lr.lowrank.combine, mergekit_lr.lowrank.positions
 from mergekit_lr import merge
 def act(out):
     merge(json.loads({recipe!r}), out, device="cpu", threads=1)
