@@ -14,9 +14,9 @@ class ExpertMerge(ExpertReduction):
 
     ``score`` ranks experts: who is kept, and who is the centre of a group. ``grouping``: ``none`` prunes; ``kmeans``
     and ``hierarchical`` cluster on ``features``; ``nearest`` gives each expert to the most similar of the
-    ``num_experts`` best; ``ream`` lets the best take their likes in turn; ``random`` is a control. ``merge``: ``mean`` is
-    ``sum_i w_i W_i / sum_i w_i`` with ``weights`` w; ``aligned`` permutes neurons first; ``union`` projects the mean on
-    the joint left subspace, ``U_r U_r^T sum w_i W_i``; ``least_squares`` fits the down projection. Every matrix is
+    ``num_experts`` best; ``ream`` lets the best take their likes in turn; ``random`` is a control. ``merge``: ``mean``
+    is ``sum_i w_i W_i / sum_i w_i`` with ``weights`` w; ``aligned`` permutes neurons first; ``union`` projects the mean
+    on the joint left subspace, ``U_r U_r^T sum w_i W_i``; ``least_squares`` fits the down projection. Every matrix is
     ``[out, in]``.
 
     Source: the parts are those of Sub-MoE (arXiv:2506.23266), M-SMoE (arXiv:2310.01334), HC-SMoE (arXiv:2410.08589),

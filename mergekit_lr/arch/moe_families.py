@@ -68,6 +68,7 @@ class Family:
     the width cannot change. ``grouped``: the router may first choose among ``n_group`` groups of experts.
     ``group_least``: experts that a group needs. ``activation``: ``gated`` is ``act(gate) * up`` with the config's
     ``hidden_act``; ``clamped`` is GPT-OSS's ``(up + 1) * gate * sigmoid(1.702 gate)`` with both clamped.
+    ``gate_on_input``: the router's gate multiplies an expert's input, not its output.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Family:
     grouped: bool = False
     group_least: int = 1
     activation: str = "gated"
+    gate_on_input: bool = False
     notes: str = field(default="", compare=False)
 
 
@@ -212,7 +214,7 @@ FAMILIES: list[Family] = [
         _ONE_WIDTH,
         beside=("shared_expert.",),
         shares_width="the shared expert has the same width",
-        notes="the gate multiplies an expert's input, not its output",
+        gate_on_input=True,
     ),
     Family(
         "Granite-MoE",

@@ -63,6 +63,7 @@ class Network:
                 why=f"known are {known_families()}",
                 fix="add a Family to mergekit_lr/arch/experts.py",
             )
+        self.check()
         body.rotary_emb = type(body.rotary_emb)(config=self.config).to(self.device)
         self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
@@ -107,23 +108,8 @@ class Network:
 
     @contextmanager
     def _filled(self, module: nn.Module, prefix: str, parts: dict[str, str | Blocks]) -> Iterator[None]:
-        state = {}
-        wanted = module.state_dict()
-        for name, empty in wanted.items():
-            if name not in parts:
-                raise CheckpointError(
-                    f"the model needs {prefix}.{name}",
-                    where=self.checkpoint.reference,
-                    why="no tensor of the checkpoint is that, so config and weights disagree",
-                )
-            state[name] = self._read(prefix, parts[name], empty)
-        extra = sorted(n for n in parts if n not in wanted and not n.endswith("rotary_emb.inv_freq"))
-        if extra:
-            raise CheckpointError(
-                f"the model has no place for {prefix}.{extra[0]}",
-                where=self.checkpoint.reference,
-                why=f"{len(extra)} such tensors, so config and weights disagree",
-            )
+        self._check(module, prefix, parts)
+        state = {name: self._read(prefix, parts[name], empty) for name, empty in module.state_dict().items()}
         module.load_state_dict(state, assign=True, strict=True)
         del state
         try:
@@ -138,16 +124,45 @@ class Network:
         finally:
             module.to("meta")
 
+    def check(self) -> None:
+        """Compare every layer with the headers.
+
+        Raises:
+            CheckpointError: config and weights disagree.
+        """
+        for index, layer in enumerate(self.layers):
+            self._check(layer, self.layer_name(index), in_memory(self.family, self._names[index]))
+
+    def _check(self, module: nn.Module, prefix: str, parts: dict[str, str | Blocks]) -> None:
+        where, why = self.checkpoint.reference, "so config and weights disagree"
+        wanted = module.state_dict()
+        absent = sorted(set(wanted) - set(parts))
+        if absent:
+            raise CheckpointError(f"the model needs {prefix}.{absent[0]}", where=where, why=f"no tensor is that, {why}")
+        extra = sorted(n for n in set(parts) - set(wanted) if not n.endswith("rotary_emb.inv_freq"))
+        if extra:
+            more = f"{len(extra)} such tensors, {why}"
+            raise CheckpointError(f"the model has no place for {prefix}.{extra[0]}", where=where, why=more)
+        for name, empty in wanted.items():
+            part, shape = parts[name], tuple(empty.shape)
+            if isinstance(part, str):
+                pieces = [(part, shape)]
+            elif len(part) != shape[0]:
+                raise CheckpointError(f"{prefix} has {len(part)} experts and the config {shape[0]}", where=where)
+            else:
+                pieces = [(n, (shape[1] // len(names), *shape[2:])) for names in part for n in names]
+            for piece, expected in pieces:
+                found = self.checkpoint.tensors[f"{prefix}.{piece}"].shape
+                if found != expected:
+                    what = f"{prefix}.{piece} has shape {found} and the model {expected}"
+                    raise CheckpointError(what, where=where, why="config and weights disagree")
+
     def _read(self, prefix: str, part: str | Blocks, empty: Tensor) -> Tensor:
         """One tensor in memory, cast as it is read."""
         out = torch.empty(empty.shape, dtype=empty.dtype)
         if isinstance(part, str):
             self._copy(f"{prefix}.{part}", out)
             return out.to(self.device)
-        if len(part) != len(out):
-            raise CheckpointError(
-                f"{prefix} has {len(part)} experts and the config {len(out)}", where=self.checkpoint.reference
-            )
         for expert, names in zip(out, part, strict=True):
             for name, rows in zip(names, expert.chunk(len(names)), strict=True):
                 self._copy(f"{prefix}.{name}", rows)
@@ -155,10 +170,6 @@ class Network:
 
     def _copy(self, name: str, out: Tensor) -> None:
         info = self.checkpoint.tensors[name]
-        if info.shape != tuple(out.shape):
-            raise CheckpointError(
-                f"{name} has shape {info.shape} and the model {tuple(out.shape)}", where=self.checkpoint.reference
-            )
         out.copy_(self.checkpoint.read(name, 0, info.numel).view(info.shape))
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 GRAMS = ("linear", "input", "hidden")
 RESULT = "statistics.safetensors"
+_IRRELEVANT = ("_name_or_path", "architectures", "transformers_version")
 
 
 @dataclass
@@ -75,7 +76,9 @@ class Calibration:
         """sha256 of what decides the output's bytes; the file carries it."""
         from mergekit_lr import __version__
 
-        return hashlib.sha256(json.dumps([__version__, self.metadata()]).encode()).hexdigest()
+        config = {k: v for k, v in (self.network.checkpoint.config or {}).items() if k not in _IRRELEVANT}
+        text = json.dumps([__version__, config, self.metadata()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def metadata(self) -> dict[str, str]:
         """The header's metadata, without times or places."""
@@ -230,7 +233,7 @@ class Calibration:
 
         def work(batch: Batch) -> Sums:
             sums = LinearSums(batch, device)
-            with torch.inference_mode():
+            with torch.no_grad():
                 sums.called(f"{HEAD}.weight", norm(states.read(batch.number).to(device)))
             return sums.sums
 

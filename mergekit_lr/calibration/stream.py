@@ -74,7 +74,7 @@ class Stream:
 
     def embed(self, states: States) -> None:
         """Write the hidden states that enter layer 0."""
-        with torch.inference_mode(), one_thread():
+        with torch.no_grad(), one_thread():
             for batch in self.batches:
                 states.write(batch.number, self.network.first(self.network.embed(batch.ids), batch.lengths))
             states.finish()
@@ -100,7 +100,7 @@ class Stream:
 
         def work(batch: Batch) -> tuple[Tensor, W]:
             watcher = watch(batch)
-            with torch.inference_mode(), watching(watcher, replacement):
+            with torch.no_grad(), watching(watcher, replacement):
                 hidden = states.read(batch.number).to(device)
                 out = layer(hidden, **arguments[batch.number])
                 out = out[0] if isinstance(out, tuple) else out

@@ -182,6 +182,9 @@ def planned(
         settings = Settings(choose_device(device), max_memory, threads, parse_size(shard_size))
         prepared = None
         if prepare is not None and isinstance(loaded.method, Rewrite) and loaded.method.prepares:
+            # What does not fit is found before anything is prepared, and before the output's place is taken.
+            for opened in loaded.method.outline(loaded, inputs, None).extra.values():
+                opened.close()
             prepared = prepare(loaded, inputs, settings)
         with _without_collector():
             plan = _lay_out(loaded, inputs, settings, prepared)
@@ -258,7 +261,8 @@ def _lay_out(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, 
     else:
         graph = build_graph(recipe, inputs)
     merged = [inputs[m] for m in graph.models if outline is None or m not in outline.extra]
-    check_vocabularies(merged)
+    if not (isinstance(method, Rewrite) and method.aligns_tokens):
+        check_vocabularies(merged)
     kind = _kind(recipe)
     stem = "adapter_model" if kind == "adapter" else kind
     layout = lay_out(graph.sinks, sys.maxsize if kind == "adapter" else settings.shard_size, stem)

@@ -90,8 +90,7 @@ def evidence_of(
                 raise CheckpointError(
                     f"there is no {entry} of {layer.block}",
                     where=str(statistics.path),
-                    why="whitening needs the Grams of what enters the experts and their down projections; a family whose "
-                    "experts cannot be run one by one has none",
+                    why="whitening needs the Grams of what enters the experts and their down projections",
                     fix="calibrate with --grams input --grams hidden, or leave out whiten",
                 )
         if len(sums["routing_count"]) != layer.experts:

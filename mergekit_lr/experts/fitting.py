@@ -87,7 +87,7 @@ def fit_all(
     """Fit every group of every layer on the calibration text; one file for each layer, resumed layer by layer.
 
     Raises:
-        CheckpointError: too little text for the ridge, or a family whose experts cannot be run alone.
+        CheckpointError: too little text for the ridge, or none.
     """
     from mergekit_lr.calibration.layers import stream_layers, windows_for
     from mergekit_lr.calibration.stream import one_thread
@@ -114,7 +114,7 @@ def fit_all(
         work.tell(number, len(decisions), "fitting")
         if block in todo:
             with torch.inference_mode(), one_thread():
-                _check(layer, checkpoint, ridge)
+                _check(layer, ridge)
                 _fit_layer(layer, decisions[block], _file(folder, block), ridge)
     work.tell(len(decisions), len(decisions), "fitting")
 
@@ -123,15 +123,8 @@ def _file(folder: Path, block: str) -> Path:
     return folder / f"{block}.safetensors"
 
 
-def _check(layer: Any, checkpoint: Checkpoint, ridge: float) -> None:
+def _check(layer: Any, ridge: float) -> None:
     experts = layer.block.experts
-    if not hasattr(experts, "is_transposed"):
-        raise CheckpointError(
-            "its experts cannot be fitted alone",
-            where=checkpoint.reference,
-            why="in this family the gate multiplies an expert's input",
-            fix="use a merge without least squares, such as sub_moe or m_smoe",
-        )
     width = int(experts.down_proj.shape[1 if experts.is_transposed else 2])
     tokens = len(layer.inputs)
     if tokens < ENOUGH * width and ridge < RIDGE_FOR_LITTLE:

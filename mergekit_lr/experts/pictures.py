@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,11 @@ def write_pictures(folder: Path, statistics: Statistics, decision: Decision, par
     if not known or parts.prunes:
         return
     every = max(1, len(known) // MOST_LAYERS)
-    with matplotlib.rc_context({"svg.hashsalt": "mergekit_lr"}):
-        figure = _figure(statistics, known[::every][:MOST_LAYERS], decision)
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=80, metadata={"Software": None})
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the tree of equal experts has no height
+        figure = _figure(statistics, known[::every][:MOST_LAYERS], decision)
+        figure.savefig(data, format="png", dpi=80, metadata={"Software": None})
     partial = folder / (PICTURE + ".partial")
     fs.write_file(partial, data.getvalue())
     fs.rename(partial, folder / PICTURE)

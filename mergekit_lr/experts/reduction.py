@@ -184,6 +184,13 @@ class Job:
             )
         shrunk_config(self.config, first, experts=count, experts_per_token=p.experts_per_token, reference=ref)
         self._check_quantised()
+        if first.family.gate_on_input and (self.parts.merge == "least_squares" or self.parts.whiten):
+            raise CheckpointError(
+                "its experts cannot be fitted or whitened one by one",
+                where=ref,
+                why=f"in {first.family.name} the router's gate multiplies an expert's input",
+                fix="use a merge without least squares and whitening, such as m_smoe",
+            )
         if self.needs_sidecar and not p.sidecar:
             why = "a tied router" if self.parts.router == "tied" else "layers with different numbers of experts"
             raise CheckpointError(

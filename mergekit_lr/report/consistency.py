@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_lr.arch.layers import layer_of
@@ -138,6 +138,8 @@ def _experts(config: Mapping[str, Any], tensors: Tensors) -> list[str]:
     counts = experts_by_layer(tensors)
     if claimed is None:
         return []
+    if isinstance(text.get("expert_map"), dict):
+        return list(_mapped_experts(text["expert_map"], claimed, counts))
     said = {k: text[k] for k in EXPERT_KEYS if type(text.get(k)) is int}
     problems = [f"config.json contradicts itself: {said}"] if len(set(said.values())) > 1 else []
     problems += [
@@ -152,6 +154,16 @@ def _experts(config: Mapping[str, Any], tensors: Tensors) -> list[str]:
     if chosen is not None and chosen > claimed:
         problems.append(f"config.json routes each token to {chosen} experts of {claimed}")
     return problems
+
+
+def _mapped_experts(mapping: Mapping[str, Any], rows: int, counts: Mapping[tuple[str, int], int]) -> Iterator[str]:
+    """Layers whose experts are not those that a map of router rows to experts leads to."""
+    for (stack, layer), n in sorted(counts.items()):
+        own = mapping.get(str(layer))
+        if not isinstance(own, list) or len(own) != rows:
+            yield f"config.json has no expert_map for the {rows} router rows of {stack}.{layer}"
+        elif set(own) != set(range(n)):
+            yield f"the expert_map of {stack}.{layer} does not lead to each of its {n} experts"
 
 
 def _attention(text: Mapping[str, Any], tensors: Tensors) -> list[str]:

@@ -30,6 +30,11 @@ SURFACE = {
         *("MODEL", "OUT", "FILE", "--text", "--samples", "--sequence-length", "--grams", "--similarity-tokens"),
         *("--dtype", "--device", "--max-memory", "--seed", "--resume/--restart", "--overwrite", "--json", "--quiet -q"),
     ],
+    "curvature": [
+        *("CHECKPOINT", "OUT", "FILE", "--model", "--names", "--form", "--dtype", "--text", "--samples"),
+        *("--sequence-length", "--labels", "--seed", "--device", "--max-memory", "--overwrite", "--json", "--quiet -q"),
+    ],
+    "curvature-report": ["RECIPE", "--plots", "--json"],
     "extract-lora": [
         *("MODEL", "BASE", "OUT", "--rank", "--energy", "--embeddings", "--include", "--exclude", "--dtype"),
         *("--device", "--max-memory", "--threads", "--resume/--restart", "--overwrite", "--allow-pickle"),
@@ -55,7 +60,7 @@ def test_commands_and_options_are_frozen() -> None:
     assert found == SURFACE
 
 
-FUNCTIONS = ["merge", "recover", "plan", "calibrate", "extract-lora"]
+FUNCTIONS = ["merge", "recover", "plan", "calibrate", "curvature", "extract-lora"]
 """Commands whose function takes the same options."""
 
 
