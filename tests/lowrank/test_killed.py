@@ -14,11 +14,13 @@ from ..killing import killed_everywhere
 from .conftest import CONFIG, NORM, SHAPES, Q, normal, tensors_of
 
 EXTRACT = """
+import mergekit_lr.lowrank.decompose, mergekit_lr.lowrank.combine, mergekit_lr.lowrank.positions
 from mergekit_lr import extract_lora
 def act(out):
     extract_lora({model!r}, {base!r}, out, rank=2, embeddings="lora", device="cpu", threads=1)
 """
 MERGE = """
+import mergekit_lr.lowrank.decompose, mergekit_lr.lowrank.combine, mergekit_lr.lowrank.positions
 from mergekit_lr import merge
 def act(out):
     merge(json.loads({recipe!r}), out, device="cpu", threads=1)
@@ -36,6 +38,7 @@ def tuned(base: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_while_extracting(base: Path, tuned: Path, tmp_path: Path) -> None:
     action = EXTRACT.format(model=str(tuned), base=str(base))
     assert killed_everywhere(action, tmp_path / "work") > 15
