@@ -71,8 +71,8 @@ def table(found: dict[str, Any], model: str, reduction: float) -> str:
 
 def targets(found: dict[str, Any]) -> str:
     """The numbers that the issue asks for."""
-    head = ["model", "reduction", "best of ours", "REAP", "Sub-MoE (best stock router)", "ours / REAP", "ours / Sub-MoE",
-            "neuron_select", "best peer with fewer experts", "best with refit"]  # fmt: skip
+    head = ["model", "reduction", "best of ours", "REAP", "Sub-MoE (best stock router)", "ours / REAP",
+            "ours / Sub-MoE", "neuron_select", "best peer with fewer experts", "best with refit"]  # fmt: skip
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for model in found["models"]:
         for reduction in sorted(REDUCTIONS, reverse=True):
@@ -106,8 +106,9 @@ def page(found: dict[str, Any]) -> str:
     """Everything between the markers."""
     machine = found["machine"]
     parts = [
-        f"{len(found['cases'])} cases; {machine['cpu']}, {machine['cores']} cores; calibration {found['samples']} windows "
-        f"of {found['sequence_length']} tokens, held out {found['heldout_windows']} windows of 256 tokens of each domain. "
+        f"{len(found['cases'])} cases; {machine['cpu']}, {machine['cores']} cores; calibration {found['samples']} "
+        f"windows of {found['sequence_length']} tokens, held out {found['heldout_windows']} windows of 256 tokens of "
+        "each domain. "
         "Loss of the originals: "
         + "; ".join(f"{m} {mean(b.values()):.4f}" for m, b in found["base"].items())
         + " nats per token.",
