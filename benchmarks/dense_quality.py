@@ -5,8 +5,9 @@
 
 Needs ``examples/zoo/build/{python,c,german,joint}`` (see examples/README.md). Every merge is a recipe run by the engine
 with lambda 1 and float32 output; lambda, and nothing else, is then chosen for each row on calibration text (windows
-of *training* text of all four domains): three losses, the parabola through them, its minimum within 0.1 .. 2. Held-out
-text decides nothing. Rows of the sweep are measured on evenly spread windows, rows of the comparison on all of it.
+of *training* text of all four domains): the parabola through the losses at 0, 0.6 and 1.2, its minimum within 0.05 ..
+2. Windows of held-out text are spread evenly over it; rows of the comparison are measured on more of them.
+Files that the rows need (curvatures, Grams) are kept beside the result file and not made twice.
 """
 
 from __future__ import annotations
@@ -22,84 +23,94 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
-from zoo import WORK, models
-from zoo.sources import DOMAINS
-from zoo.text import heldout_tokens, training_tokens
+from zoo import WORK, models  # noqa: E402
+from zoo.sources import DOMAINS  # noqa: E402
+from zoo.text import heldout_tokens, training_tokens  # noqa: E402
 
-import mergekit_lr
+import mergekit_lr  # noqa: E402
 
 EXPERTS = ("python", "c", "german")
 RESULT = ROOT / "benchmarks" / "results" / "dense-quality.json"
 DOC = ROOT / "docs" / "quality_dense.md"
 WINDOW = 256
-CALIBRATION, SWEPT = 8, 16  # windows of each domain
-LAMBDAS = (0.5, 1.0, 1.5)
-LIMITS = (0.1, 2.0)
+FISHER_ON, GRAMS_ON = 128, 64  # sequences
+CALIBRATION, SWEPT, COMPARED_ON, TUNED_ON = 5, 8, 32, 12  # windows of each domain
+LAMBDAS = (0.6, 1.2)
+LIMITS = (0.05, 2.0)
 Losses = dict[str, float]
 
 
-def windows_of(tokens: Any, count: int | None, seed: int | None = None) -> Tensor:
-    """Windows ``[count, 256]``: evenly spread whole ones, all of them, or at random places."""
+def windows_of(tokens: Any, count: int, seed: int | None = None) -> Tensor:
+    """Windows ``[count, 256]``: evenly spread ones, or at random places."""
     if seed is not None:
         starts = np.random.Generator(np.random.Philox(key=seed)).integers(0, len(tokens) - WINDOW, count)
     else:
         whole = len(tokens) // WINDOW
-        starts = np.arange(whole) * WINDOW if count is None else np.linspace(0, whole - 1, count).astype(int) * WINDOW
+        starts = np.linspace(0, whole - 1, count).astype(int) * WINDOW
     return torch.from_numpy(np.stack([tokens[s : s + WINDOW].astype(np.int64) for s in starts]))
+
+
+def unmeasured(tokens: Any, count: int) -> Tensor:
+    """Evenly spread windows of held-out text that no row is measured on: what scales are chosen by."""
+    whole = len(tokens) // WINDOW
+    measured = {int(i) for n in (SWEPT, COMPARED_ON) for i in np.linspace(0, whole - 1, n).astype(int)}
+    free = [i for i in range(whole) if i not in measured]
+    chosen = [free[i] for i in np.linspace(0, len(free) - 1, count).astype(int)]
+    return torch.from_numpy(np.stack([tokens[i * WINDOW : (i + 1) * WINDOW].astype(np.int64) for i in chosen]))
 
 
 class Bench:
     """The base in memory, its experts on disk, and the texts."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         torch.set_num_threads(1)
         self.model = models.load_base()
         self.base = {k: v.clone() for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         self.calibration = {d: windows_of(training_tokens(d), CALIBRATION, seed=7) for d in DOMAINS}
         self.swept = {d: windows_of(heldout_tokens(d), SWEPT) for d in DOMAINS}
-        self.whole = {d: windows_of(heldout_tokens(d), None) for d in DOMAINS}
-        self.folder = Path(tempfile.mkdtemp(prefix="dense-quality-"))
+        self.compared = {d: windows_of(heldout_tokens(d), COMPARED_ON) for d in DOMAINS}
+        self.tuning = {d: unmeasured(heldout_tokens(d), TUNED_ON) for d in DOMAINS}
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.at_base: float | None = None
         self.files = self._files()
 
     def _files(self) -> dict[str, dict[str, str]]:
         """Curvature and statistics files of each expert, by form."""
-        found: dict[str, dict[str, str]] = {"full": {}, "rank1": {}, "bf16": {}, "text": {}, "empirical": {}}
+        found: dict[str, dict[str, str]] = {}
+
+        def made(form: str, expert: str, make: Callable[[Path], object]) -> None:
+            out = self.folder / f"{expert}-{form}.safetensors"
+            if not out.exists():
+                make(out)
+            found.setdefault(form, {})[expert] = str(out)
+
         for e in EXPERTS:
-            texts = [self.folder / f"{e}-{d}.txt" for d in (e,)]
-            for path, d in zip(texts, (e,), strict=True):
-                path.write_text(_decoded(windows_of(training_tokens(d), 160, seed=11)), encoding="utf-8")
+            text = self.folder / f"{e}-{e}.txt"
+            if not text.exists():
+                text.write_text(_decoded(windows_of(training_tokens(e), 160, seed=11)), encoding="utf-8")
             optimizer = WORK / e / "optimizer.pt"
-            for form, options in {
-                "full": {},
-                "rank1": {"form": "rank1"},
-                "bf16": {"dtype": "bfloat16"},
-            }.items():
-                out = self.folder / f"{e}-{form}.safetensors"
-                mergekit_lr.curvature(optimizer, out, **options)  # type: ignore[arg-type]
-                found[form][e] = str(out)
-            for form, labels in {"text": "sampled", "empirical": "text"}.items():
-                out = self.folder / f"{e}-{form}.safetensors"
-                mergekit_lr.curvature(WORK / e, out, text=texts, samples=128, sequence_length=256, labels=labels)  # type: ignore[arg-type]
-                found[form][e] = str(out)
-            if hasattr(mergekit_lr, "calibrate"):
-                out = self.folder / f"{e}-grams.safetensors"
-                mergekit_lr.calibrate(
-                    WORK / e, out, texts, samples=64, sequence_length=256, grams=["linear"], similarity_tokens=0
-                )
-                found.setdefault("grams", {})[e] = str(out)
+            made("full", e, lambda out: mergekit_lr.curvature(optimizer, out))  # noqa: B023
+            made("rank1", e, lambda out: mergekit_lr.curvature(found["full"][e], out, form="rank1"))  # noqa: B023
+            estimate = {"text": [text], "samples": FISHER_ON, "sequence_length": WINDOW}
+            made("text", e, lambda out: mergekit_lr.curvature(WORK / e, out, **estimate))  # type: ignore[arg-type]  # noqa: B023
+            grams = {"samples": GRAMS_ON, "sequence_length": WINDOW, "grams": ["linear"], "similarity_tokens": 0}
+            made("grams", e, lambda out: mergekit_lr.calibrate(WORK / e, out, [text], **grams))  # type: ignore[arg-type]  # noqa: B023
         return found
 
-    def merged(self, method: str, shared: dict[str, Any], each: dict[str, Any], file: str | None) -> dict[str, Tensor]:
-        """What a recipe gives, as task vectors in fp32."""
+    def merged(
+        self, method: str, shared: dict[str, Any], each: dict[str, Any], file: str | None, per_expert: bool = False
+    ) -> dict[str, Tensor]:
+        """What a recipe gives, as task vectors in fp32. ``each``: every model's parameters, or each one's by name."""
         entries = []
         for e in EXPERTS:
-            own = dict(each)
+            own = dict(each[e] if per_expert else each)
             if file is not None:
                 own["statistics" if file == "grams" else "curvature"] = self.files[file][e]
             entries.append({"model": str(WORK / e), "parameters": own})
@@ -123,19 +134,20 @@ class Bench:
                 for part in rows.split(16):
                     logits = self.model(input_ids=part, use_cache=False).logits[:, :-1]
                     total += float(
-                        torch.nn.functional.cross_entropy(
-                            logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
-                        )
+                        torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
                     )
                 out[domain] = total / (len(rows) * (WINDOW - 1))
         return out
 
     def best_factor(self, task: dict[str, Tensor]) -> float:
-        """Lambda by the parabola through three calibration losses."""
-        values = [mean(self.losses(task, f, self.calibration)) for f in LAMBDAS]
-        a, b, _ = np.polyfit(LAMBDAS, values, 2)
+        """Lambda by the parabola through three calibration losses, that of the base among them."""
+        if self.at_base is None:
+            self.at_base = mean(self.losses(task, 0.0, self.calibration))
+        points = (0.0, *LAMBDAS)
+        values = [self.at_base, *(mean(self.losses(task, f, self.calibration)) for f in LAMBDAS)]
+        a, b, _ = np.polyfit(points, values, 2)
         if a <= 0:
-            return float(LAMBDAS[int(np.argmin(values))])
+            return float(points[int(np.argmin(values))])
         return round(float(np.clip(-b / (2 * a), *LIMITS)), 3)
 
 
@@ -158,11 +170,9 @@ def rows() -> dict[str, tuple[str, dict[str, Any], dict[str, Any], str | None]]:
         "fisher": ("fisher", {}, {}, "full"),
         "fisher rank1": ("fisher", {}, {}, "rank1"),
         "fisher text": ("fisher", {}, {}, "text"),
-        "fisher empirical": ("fisher", {}, {}, "empirical"),
         "wudi soft": ("wudi", {"filter": "soft", "start": "mean"}, {}, None),
         "wudi automatic rank": ("wudi", {"filter": "soft_hard", "start": "mean"}, {}, None),
         "regmean": ("regmean", {}, {}, "grams"),
-        "regmean diagonal": ("regmean", {"shrink": 0.0}, {}, "grams"),
     }
     for density in (0.2, 0.5):
         found[f"ties {density}"] = ("ties", {}, {"weight": 1.0, "density": density}, None)
@@ -176,21 +186,28 @@ def rows() -> dict[str, tuple[str, dict[str, Any], dict[str, Any], str | None]]:
                 found[f"{name} all full"] = ("ota", {"power": power, "denominator": "all"}, each, "full")
             if power == 0.5:
                 found[f"{name} kept rank1"] = ("ota", {"power": power}, each, "rank1")
-    for form in ("text", "empirical", "bf16"):
-        found[f"ota power 0.5 density 1.0 kept {form}"] = ("ota", {"power": 0.5}, {}, form)
-    for power in (0.5, 1.0):
-        found[f"ota power {power} density 1.0 normalized full"] = (
-            "ota", {"power": power, "normalize_curvature": "model"}, {}, "full",
-        )  # fmt: skip
+    found["ota power 0.5 density 1.0 kept text"] = ("ota", {"power": 0.5}, {}, "text")
+    found["ota power 0.5 density 1.0 normalized full"] = (
+        "ota", {"power": 0.5, "normalize_curvature": "model"}, {}, "full",
+    )  # fmt: skip
     return found
 
 
 COMPARED = (
-    "linear", "task_arithmetic", "ties 0.5", "dare_ties 0.5", "fisher", "fisher text", "wudi soft",
-    "wudi automatic rank", "regmean", "ota power 0.5 density 1.0 kept full", "ota power 0.5 density 0.4 kept full",
-    "ota power 0.5 density 1.0 kept rank1", "ota power 1.0 density 1.0 kept full",
-)  # fmt: skip
-"""Rows that are measured on the whole held-out text as well."""
+    "linear",
+    "task_arithmetic",
+    "ties 0.5",
+    "dare_ties 0.5",
+    "fisher",
+    "wudi soft",
+    "regmean",
+    "ota power 0.5 density 1.0 kept full",
+    "ota power 0.5 density 0.4 kept full",
+    "ota power 0.5 density 1.0 kept rank1",
+    "ota power 1.0 density 1.0 kept full",
+    "ota power 0.5 density 1.0 kept text",
+)
+"""Rows that are measured on more of the held-out text as well, and first."""
 FIXED = ("linear",)
 """Rows whose method has no lambda."""
 
@@ -220,11 +237,11 @@ def rounded(losses: Losses) -> Losses:
 
 
 def run(path: Path, part: str) -> None:
-    bench, results = Bench(), Results(path)
+    bench, results = Bench(path.parent / (path.stem + "-files")), Results(path)
     results.data["conditions"] = {
         "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "torch": torch.__version__,
         "calibration_windows": CALIBRATION * len(DOMAINS), "sweep_windows": SWEPT * len(DOMAINS),
-        "heldout_windows": sum(len(w) for w in bench.whole.values()),
+        "compared_windows": COMPARED_ON * len(DOMAINS),
     }  # fmt: skip
     zero = {n: torch.zeros_like(v) for n, v in bench.base.items()}
     tasks: dict[str, dict[str, Tensor]] = {"base": zero}
@@ -234,12 +251,11 @@ def run(path: Path, part: str) -> None:
             found = {n: v.float() for p in folder.glob("model*.safetensors") for n, v in load_file(p).items()}
             tasks[name] = {n: found[n] - bench.base[n] for n in bench.base}
     for name, task in tasks.items():
-        for section, text in (("swept", bench.swept), ("whole", bench.whole)):
+        for section, text in (("swept", bench.swept), ("compared", bench.compared)):
             results.get(section, name, lambda t=task, w=text: rounded(bench.losses(t, 1.0, w)))  # type: ignore[misc]
     if part in ("all", "rows"):
-        for name, (method, shared, each, file) in rows().items():
-            if file is not None and file not in bench.files:
-                continue
+        listed = sorted(rows().items(), key=lambda item: item[0] not in COMPARED)
+        for name, (method, shared, each, file) in listed:
             one_row(bench, results, name, lambda: bench.merged(method, shared, each, file))  # noqa: B023
     if part in ("all", "agreement"):
         results.get("agreement", "log correlation", lambda: agreement(bench))
@@ -250,16 +266,16 @@ def run(path: Path, part: str) -> None:
 
 
 def one_row(bench: Bench, results: Results, name: str, make: Callable[[], dict[str, Tensor]]) -> None:
-    """Choose lambda, measure; on the whole text too where the row is compared."""
-    wanted = [s for s in ("swept", "whole") if name not in results.data.get(s, {})]
-    if name not in COMPARED and "whole" in wanted:
-        wanted.remove("whole")
+    """Choose lambda, measure; on more text too where the row is compared."""
+    wanted = [s for s in ("swept", "compared") if name not in results.data.get(s, {})]
+    if name not in COMPARED and "compared" in wanted:
+        wanted.remove("compared")
     if not wanted:
         return
     task = make()
     factor = results.get("lambda", name, lambda: 1.0 if name in FIXED else bench.best_factor(task))
     for section in wanted:
-        text = bench.swept if section == "swept" else bench.whole
+        text = bench.swept if section == "swept" else bench.compared
         results.get(section, name, lambda w=text: rounded(bench.losses(task, factor, w)))  # type: ignore[misc]
 
 
@@ -269,7 +285,7 @@ def agreement(bench: Bench) -> dict[str, dict[str, float]]:
     for e in EXPERTS:
         saved = load_file(bench.files["full"][e])
         found[e] = {}
-        for form in ("text", "empirical"):
+        for form in ("text",):
             other = load_file(bench.files[form][e])
             pairs = [(v.flatten(), other[n.replace("exp_avg_sq", "fisher")].flatten()) for n, v in saved.items()]
             a, b = (torch.cat(x) for x in zip(*pairs, strict=True))
@@ -277,10 +293,6 @@ def agreement(bench: Bench) -> dict[str, dict[str, float]]:
             logs = torch.stack([a[both].double().log(), b[both].double().log()])
             found[e][form] = round(float(torch.corrcoef(logs)[0, 1]), 4)
     return found
-
-
-def save(task: dict[str, Tensor], path: Path) -> None:
-    save_file({n: v.contiguous() for n, v in task.items()}, path)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ Makes Llama-shaped bf16 checkpoints (four of 1.28 GB by default), then measures 
 
 Inputs are in the page cache, dirty pages are written back before each run, and the free memory is the same and warm
 for everyone (see ``measure.Ballast``). The result goes to ``results/`` and, as a table, into ``docs/performance.md``.
+
+With ``--methods`` a part is measured; methods that today's result file of the same machine and software already holds
+stay in it, so that a long run may be cut into short ones. All of a method's samples come from one run.
 """
 
 from __future__ import annotations
@@ -158,6 +161,13 @@ def start_ups(setting: Setting, repeats: int) -> dict[str, list[float]]:
     }
 
 
+def joined(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """``result`` with the methods that only ``earlier`` holds, where both were measured under the same conditions."""
+    same = all(result[key] == earlier.get(key) for key in ("date", "machine", "software", "checkpoint"))
+    samples = (earlier["samples"] if same else {}) | result["samples"]
+    return result | {"samples": {method: samples[method] for method in recipes() if method in samples}}
+
+
 def parse() -> argparse.Namespace:
     """Options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,6 +214,8 @@ def main() -> None:
             shutil.rmtree(root)
     options.results.mkdir(exist_ok=True)
     path = options.results / f"elementwise-{result['date']}.json"
+    if path.exists():
+        result = joined(result, json.loads(path.read_text()))
     path.write_text(json.dumps(result, indent=1) + "\n")
     if not options.no_docs:
         write_table(options.docs, "elementwise", path)

@@ -108,8 +108,8 @@ def page(found: dict[str, Any]) -> str:
     machine = found["machine"]
     parts = [
         f"{len(found['cases'])} cases; {machine['cpu']}, {machine['cores']} cores; calibration {found['samples']} "
-        f"windows of {found['sequence_length']} tokens, held out {found['heldout_windows']} windows of 256 tokens of each "
-        "domain. "
+        f"windows of {found['sequence_length']} tokens, held out {found['heldout_windows']} windows of 256 tokens of "
+        "each domain. "
         "Loss of the originals: "
         + "; ".join(f"{m} {mean(b.values()):.4f}" for m, b in found["base"].items())
         + " nats per token.",

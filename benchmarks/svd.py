@@ -1,13 +1,13 @@
 """Truncated SVDs, low-rank sums and task Grams against ``torch.linalg.svd`` and ``torch.svd_lowrank``, in one run.
 
-    python benchmarks/svd.py --device cpu --threads 1 [--part standard|large|quick]
+    python benchmarks/svd.py --device cpu --threads 1 [--part standard|batched|large|mixtral|quick]
 
 Contestants take turns, ``--repeats`` times; medians of process CPU seconds (CUDA: of synchronised wall seconds) are
 compared, because other work on a machine changes wall time more than work done. "Excess" is
 ``||A - U S V||_F / tau_r - 1`` with the optimum tau_r from float64. ``torch.linalg.svd`` is timed on A and on its
-transpose: on the CPU the wide orientation takes up to four times as long, and both ratios are given. The part
-``large`` adds 14336 x 8192 and the order-8192 eigenproblem of Mixtral (half an hour) to an earlier result; ``quick``
-is a trial on small shapes that writes nothing.
+transpose: on the CPU the wide orientation takes up to four times as long, and both ratios are given. The other parts
+add to an earlier result: ``batched`` several matrices in one call, ``large`` 14336 x 8192, ``mixtral`` the order-8192
+eigenproblem of its experts (many minutes each). ``quick`` is a trial on small shapes that writes nothing.
 
 Writes ``results/svd-DEVICE.json`` and the tables between the markers of ``docs/linalg.md``.
 """
@@ -35,6 +35,7 @@ from mergekit_lr.linalg import joint_left_subspaces, project_combine, sum_svd, t
 HERE = Path(__file__).parent
 OVERSAMPLING, ITERATIONS = 32, 2  # of torch.svd_lowrank
 SHAPES = [(768, 8192, (64, 384)), (1024, 4096, (64, 512)), (2048, 2048, (64,)), (4096, 4096, (64,))]
+BATCHES = [(8, 768, 2048, 384), (4, 1536, 4096, 768)]
 LARGE = (14336, 8192, (64,))
 SPECTRA = ("gauss", "i^-0.7")
 WHAT = {"ours": "all factors", "subspace": "subspace"}
@@ -132,6 +133,32 @@ def run_truncated(clock: Clock, m: int, n: int, ranks: tuple[int, ...], spectrum
     for row in rows.values():
         row.seconds |= {name: seconds for name, seconds in full.items() if seconds}
     return list(rows.values())
+
+
+def run_batched(clock: Clock, count: int, m: int, n: int, rank: int, repeats: int) -> Row:
+    """Several matrices of one shape in one call, as a layer of experts comes."""
+    batch = torch.stack([make(m, n, "gauss", clock.device, seed) for seed in range(count)])
+    flipped, q = batch.mT.contiguous(), min(rank + OVERSAMPLING, m, n)
+    row = Row(f"{count} of {m}x{n} r={rank} gauss")
+    for turn in range(repeats):
+        if turn == 0:
+            row.seconds["svd"] = [clock(lambda: torch.linalg.svd(batch, full_matrices=False))[0]]
+            row.seconds["svd of A^T"] = [clock(lambda: torch.linalg.svd(flipped, full_matrices=False))[0]]
+        seconds, found = clock(lambda: [truncated_svd(a, rank) for a in batch])
+        row.seconds.setdefault("ours", []).append(seconds)
+        seconds = clock(lambda: joint_left_subspaces([[a] for a in batch], rank))[0]
+        row.seconds.setdefault("subspace", []).append(seconds)
+        seconds, low = clock(lambda: torch.svd_lowrank(batch, q=q, niter=ITERATIONS))
+        row.seconds.setdefault("svd_lowrank", []).append(seconds)
+    tails = [math.sqrt(float(spectrum_squared(a)[rank:].sum())) for a in batch]
+    answers = {
+        "ours": [(f.u, f.s, f.vh) for f in found],
+        "svd_lowrank": [(u[:, :rank], s[:rank], v[:, :rank].T) for u, s, v in zip(*low, strict=True)],
+    }
+    for name, factors in answers.items():
+        row.excess[name] = max(residual(a, *f) / t - 1.0 for a, f, t in zip(batch, factors, tails, strict=True))
+    row.note = f"{found[0].certificate.route}, certified {max(f.certificate.excess for f in found):.0e}"
+    return row
 
 
 def run_low_rank(clock: Clock, repeats: int) -> Row:
@@ -273,7 +300,7 @@ def write_docs(page: Path, device: str, text: str) -> None:
 
 def measure(clock: Clock, part: str, repeats: int) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows and whole-model estimates of one part."""
-    shapes = {"quick": [(96, 512, (8, 48))], "large": [LARGE], "standard": SHAPES}[part]
+    shapes = {"quick": [(96, 512, (8, 48))], "large": [LARGE], "standard": SHAPES}.get(part, [])
     rows: list[Row] = []
     for m, n, ranks in shapes:
         for spectrum in SPECTRA[:1] if part == "large" else SPECTRA:
@@ -281,7 +308,9 @@ def measure(clock: Clock, part: str, repeats: int) -> tuple[list[Row], list[dict
             print(rows[-1].case, f"{rows[-1].ratio():.1f}x", rows[-1].note, flush=True)
     if part == "standard":
         rows += [run_low_rank(clock, repeats), run_task_gram(clock, repeats, 10_000_000)]
-    layers = {"quick": [], "large": [MIXTRAL_UP], "standard": LAYERS}[part]
+    if part in ("standard", "batched"):
+        rows += [run_batched(clock, *batch, repeats) for batch in BATCHES]
+    layers = {"mixtral": [MIXTRAL_UP], "standard": LAYERS}.get(part, [])
     return rows, [run_layer(clock, layer, 0.5, 8 if clock.device == "cuda" else 1) for layer in layers]
 
 
@@ -290,7 +319,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--part", choices=["standard", "large", "quick"], default="standard")
+    parser.add_argument("--part", choices=["standard", "batched", "large", "mixtral", "quick"], default="standard")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock, start = Clock(args.device), os.getloadavg()[0]
@@ -305,8 +334,8 @@ def main() -> None:
         "repeats": args.repeats,
     }
     file = HERE / "results" / f"svd-{args.device}.json"
-    if file.exists() and args.part != "quick":  # the other part's rows stay
-        earlier = json.loads(file.read_text())
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    if args.part != "quick" and earlier.get("machine") == result["machine"]:  # the other parts' rows stay
         cases, names = {row.case for row in rows}, {(m["model"], m["name"]) for m in models}
         rows = [Row(**r) for r in earlier["rows"] if r["case"] not in cases] + rows
         models = [m for m in earlier["models"] if (m["model"], m["name"]) not in names] + models

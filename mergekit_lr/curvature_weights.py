@@ -193,9 +193,7 @@ class CurvatureWeighted(Method):
         rescale = state.rescale or [1.0] * len(call.models)
         return [m.scale * r for m, r in zip(call.models, rescale, strict=True)]
 
-    def _mean(
-        self, call: Call, piece: Piece, state: GraftState, scales: list[float] | None
-    ) -> tuple[Tensor, Tensor]:
+    def _mean(self, call: Call, piece: Piece, state: GraftState, scales: list[float] | None) -> tuple[Tensor, Tensor]:
         """The weighted mean and its divisor."""
         merge, weights = call.merge, call.values("weight")
         corrections = [bias_correction(f) if merge.bias_correction else 1.0 for f in call.facts]

@@ -51,7 +51,7 @@ def evaluate(
     for name, value in (("context", context), ("max_tokens", max_tokens), ("batch", batch)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}", fix="give at least 1")
-    contents = {str(t): _read_text(Path(t)) for t in texts}
+    contents = {str(t): text_of(Path(t)) for t in texts}
     reference = ModelReference.parse(str(model))
     if reference.adapter is not None:
         raise UsageError("an adapter is not evaluated on its base", fix="merge the two first, then evaluate the folder")
@@ -100,7 +100,8 @@ def load_for_evaluation(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     return network.to(device).eval(), tokenizer
 
 
-def _read_text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """A text file's content; CheckpointError where it cannot be had."""
     try:
         if path.stat().st_size > MAX_TEXT:
             raise CheckpointError("the text is too large", where=str(path), why=f"over {MAX_TEXT} bytes")
@@ -135,7 +136,7 @@ def _loss(
         pending.append(window)
         last = i + 1 == len(every)
         if last or len(pending) == batch or len(every[i + 1]) != len(window):
-            total += _batch_loss(network, torch.stack(pending))
+            total += batch_loss(network, torch.stack(pending))
             pending = []
     predicted = len(tokens) - 1
     covered = _bytes_of(tokenizer, encoded, tokens, text)
@@ -149,7 +150,7 @@ def _loss(
     }
 
 
-def _batch_loss(network: Any, batch: Tensor) -> float:
+def batch_loss(network: Any, batch: Tensor) -> float:
     """Sum of -log p over all predictions of a batch of windows, added up in fp64."""
     batch = batch.to(network.device)
     with torch.inference_mode():

@@ -38,8 +38,8 @@ class GraftState:
 
 
 def _partly(call: Call, model: int) -> bool:
-    """Whether a model's entries of this tensor compete at all."""
-    return bool(call.facts) and 0 < call.models[model].density < 1
+    """Whether a model's entries of this tensor compete. Without a base, which a plan refuses, there is no mask."""
+    return bool(call.facts) and call.has_base and 0 < call.models[model].density < 1
 
 
 def _saliencies(call: Call, piece: Piece) -> list[Tensor]:
@@ -140,7 +140,7 @@ def _rescaling(call: Call, state: GraftState) -> Any:
 
 def masks_of(call: Call, piece: Piece, state: GraftState) -> list[Tensor | None]:
     """Each model's 0/1 mask of a piece, None where everything is kept. Entries of saliency zero are never chosen."""
-    if not piece.extra:
+    if not piece.extra or not call.has_base:
         return [None] * len(piece.tensors)
     return [_mask(call, piece, state, i) for i in range(len(piece.tensors))]
 

@@ -24,7 +24,7 @@ NEEDS_SCALE = 0.5
 
 
 def saliency(delta: Tensor, curvature: Tensor) -> Tensor:
-    """``sqrt(v) |d|``, the square root of Fast Fisher Grafting's score ``v d^2``: fp32, a new tensor, never negative."""
+    """``sqrt(v) |d|``, the root of Fast Fisher Grafting's score ``v d^2``: fp32, a new tensor, never negative."""
     return curvature.sqrt().mul_(delta).abs_()
 
 
@@ -69,7 +69,7 @@ def preconditioned_mean(
     whole: list[Tensor] | None = None
     if all_in_divisor and any(m is not None for m in held):
         whole = parts
-        parts = [p if m is None else p * m for p, m in zip(parts, held, strict=True)]
+        parts = [p.clone() if m is None else p * m for p, m in zip(parts, held, strict=True)]
     else:
         parts = [p if m is None else p.mul_(m) for p, m in zip(parts, held, strict=True)]
     largest = None

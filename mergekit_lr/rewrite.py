@@ -110,10 +110,13 @@ class Rewrite(Declared):
     """A method that lays out its own output.
 
     ``kind``: what it writes. ``prepares``: whether `prepare` does anything. ``reads_bundles``: its models are bundles.
+    ``aligns_tokens``: it brings the token rows of models with different tokenizers in one order itself; other methods
+    are refused such models.
     """
 
     kind: ClassVar[Kind] = "model"
     prepares: ClassVar[bool] = False
+    aligns_tokens: ClassVar[bool] = False
     reads_bundles: ClassVar[bool] = False
 
     def prepare(self, work: Preparation) -> None:

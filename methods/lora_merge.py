@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.graph.nodes import Task
-from mergekit_lr.lowrank.merging import Layout, PairCall, merge_pair, merge_saved
+from mergekit_lr.lowrank.merged import PairCall, merge_pair, merge_saved
+from mergekit_lr.lowrank.merging import Layout
 from mergekit_lr.method import Base, Parameters, Source, parameter
 from mergekit_lr.recipe import Recipe
 from mergekit_lr.rewrite import Desk, Kind, Outline, Rewrite

@@ -69,6 +69,8 @@ class Recover(Rewrite):
                 tasks.append(_task(bundle, w, inputs[reference]))
                 sinks.append(Sink(w.name, w.dtype, w.shape, Result(number, 0), f"recovered: {w.code}"))
             config, files = _shared_files(bundle.folder)
+            edits = next(t.facts.get("config", {}) for t in bundle.manifest.tasks if t.name == merge.task)
+            config = {**config, **edits} if config is not None else None
             extra = {}
             if outside:
                 extra["base"] = bundle.base

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mergekit_lr.checkpoint.dtypes import AVERAGED, RECIPE_DTYPES
 from mergekit_lr.checkpoint.model import Checkpoint, open_file
+from mergekit_lr.errors import RecipeError
 from mergekit_lr.graph.nodes import Result, Sink, Task
 from mergekit_lr.graph.nodes import Source as Tensor
 from mergekit_lr.matching import after
@@ -38,13 +39,21 @@ class WeightMatching(Rewrite):
     min_models = 1
     commutes = False
     prepares = True
-    settings = frozenset({"permutations"})
+    aligns_tokens = True
+    settings = frozenset({"permutations", "calibration"})
 
     class Merge(Parameters):
-        t: float = parameter(default=0.5, ge=0, le=1, description="place between two models: 0 is the first, 1 the other")
+        t: float = parameter(default=0.5, ge=0, le=1, description="place between two models: 0 is the first")
         seed: int = parameter(default=0, ge=0, description="order in which groups are visited")
         restarts: int = parameter(default=3, ge=1, le=100, description="orders tried; the best objective is kept")
-        only: str | None = parameter(default=None, description="patterns of the groups that may move, separated by commas")
+        only: str | None = parameter(default=None, description="groups that may move, such as `ffn.*, kv.*`")
+        cost: Literal["weights", "activations", "both"] = parameter(
+            default="weights", description="what is matched; activations are taken on `calibration` text or on `data`"
+        )
+        data: str | None = parameter(default=None, description="safetensors file with `inputs`, for perceptrons")
+        activation: Literal["relu", "gelu", "silu", "tanh"] = parameter(
+            default="relu", description="between the layers of a perceptron without config"
+        )
         then: str | None = parameter(default=None, description="method applied to the aligned models instead of t")
         lambda_: float | None = parameter(default=None, alias="lambda", description="`lambda` of the method in `then`")
         normalize: bool | None = parameter(default=None, description="`normalize` of the method in `then`")
@@ -55,18 +64,21 @@ class WeightMatching(Rewrite):
 
     def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
         found = after.problems(merge, models)
+        if merge.data is not None and merge.cost == "weights":
+            found.append("data is for matching by activations; set cost to activations or both")
         if merge.then is None and len(models) > 2 and merge.t != 0.5:
             found.append("t is for two models; three or more are averaged")
         return found
 
     def prepare(self, work: Preparation) -> None:
         from mergekit_lr.matching import align
+        from mergekit_lr.matching.saved import saved_choice
 
         if (work.folder / align.REPORT).exists():
             return
         order = after.aligned_order(work.recipe)
         models = [work.inputs[m] for m in order]
-        merge, _ = work.recipe.resolve("", 0.0)
+        merge: Any = work.recipe.resolve("", 0.0)[0]
         spec, members, report = align.align(
             models,
             work.recipe.permutations,
@@ -77,11 +89,33 @@ class WeightMatching(Rewrite):
             keep=work.limit // 2,
             threads=work.threads,
             tell=work.tell,
+            cost=merge.cost,
+            record=lambda model, spec: self._recorded(work.recipe, merge, model, spec),
         )
         choice = work.recipe.permutations or "auto"
         if choice.endswith(".safetensors"):
-            choice = align.saved_choice(Path(choice))
-        align.write_alignment(work.folder, spec, members, report, order, choice)
+            choice = saved_choice(Path(choice))
+        align.write_alignment(work.folder, spec, members, report, models, choice)
+
+    def _recorded(self, recipe: Recipe, merge: Any, model: Checkpoint, spec: Any) -> Any:
+        """A model's activations, on text or on data."""
+        from mergekit_lr.matching import activations, align, network
+
+        if merge.data is not None:
+            read = align.reader(model, 0)
+            seen: dict[str, Any] = {}
+            inputs = network.read_inputs(Path(merge.data))
+            network.perceptron({n: read(n) for n in model.tensors}, inputs, merge.activation, model.reference, seen)
+            return seen
+        text = recipe.calibration.text if recipe.calibration else ()
+        if not text or model.folder is None or recipe.calibration is None:
+            raise RecipeError(
+                "matching by activations needs something to run on",
+                where=str(recipe.origin or "recipe"),
+                fix="add `calibration: {text: [FILE]}` for language models, or the parameter `data` for perceptrons",
+            )
+        c = recipe.calibration
+        return activations.record_text(Path(model.folder), spec, text, c.samples, c.sequence_length)
 
     def outline(self, recipe: Recipe, inputs: Mapping[str, Checkpoint], prepared: Path | None) -> Outline:
         from mergekit_lr.matching import align
@@ -111,7 +145,8 @@ class WeightMatching(Rewrite):
             first = len(sources)
             keys = list(dict.fromkeys(key for _, _, key in moves))
             sources += [Tensor(len(models), key) for key in keys]
-            call = (tuple((i, axis, first + keys.index(key)) for i, axis, key in moves), after.call(recipe, name, order))
+            placed = tuple((i, axis, first + keys.index(key)) for i, axis, key in moves)
+            call = (placed, after.call(recipe, name, order))
             size = 4 * info.numel
             tasks.append(Task(self.name, name, tuple(sources), call, fixed=size * (2 * len(models) + 4)))
             dtype = RECIPE_DTYPES[out_dtype] if out_dtype else info.dtype
@@ -132,7 +167,7 @@ class WeightMatching(Rewrite):
         moves, how = task.call
         models = [desk.read(i) for i in range(how.models)]
         for i, axis, code in moves:
-            models[i] = decoded(models[i], axis, desk.read(code, dtype=torch.int32))
+            models[i] = decoded(models[i], axis, desk.read(code, dtype=torch.int32), models[0])
         desk.write(0, how.merged(models, task.key))
 
 

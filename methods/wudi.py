@@ -19,8 +19,9 @@ class Wudi(Method):
     r"""Data-free least squares on task vectors ``t_i [m, n]``, with their own row spaces in the place of inputs.
 
     WUDI minimises ``sum_i a_i ||(t - t_i) t_i^T||_F^2 / ||t_i||_F^2`` by hundreds of steps of Adam. The minimum has a
-    closed form: with ``C = sum_i a_i t_i^T t_i / ||t_i||^2 = V diag(l) V^T`` and ``D = sum_i a_i t_i t_i^T t_i / ||t_i||^2``
+    closed form:
 
+        C = sum_i a_i t_i^T t_i / ||t_i||^2 = V diag(l) V^T,       D = sum_i a_i t_i t_i^T t_i / ||t_i||^2
         t = t_0 + (D - t_0 C) V diag(f(l) / l) V^T,       out = base + lambda t
 
     from the start t_0 (sum or mean of the task vectors, or zero). The filter f regularises as the steps did: ``soft``
@@ -55,9 +56,7 @@ class Wudi(Method):
         embeddings: Literal["mean", "solve"] = parameter(
             "mean", description="embeddings and output heads: the mean of the task vectors, or solved for"
         )
-        lam: float = parameter(
-            1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged task vector"
-        )
+        lam: float = parameter(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged task vector")
 
     class PerModel(Parameters):
         weight: float = parameter(
@@ -101,7 +100,7 @@ def _filter(merge: Any, shape: tuple[int, int]) -> Filter:
     from mergekit_lr.linalg import gram_weighted as g
 
     def ratio(values: Any) -> int:
-        return max(1, round(merge.rank_ratio * min(shape[1], len(values))))
+        return max(1, round(float(merge.rank_ratio) * min(shape[1], len(values))))
 
     ranks = {
         "ratio": ratio,

@@ -1,8 +1,9 @@
 """Where mixtures of experts keep their routers and experts: on disk, and in memory under transformers 5.
 
 transformers 5 holds the experts of a layer in two tensors, ``experts.gate_up_proj`` and ``experts.down_proj``,
-whatever the files hold. A family says how the two views of one layer correspond. To add a family, add a `Family`
-to `FAMILIES`: its ``model_type`` and the names below ``model.layers.N.`` on disk.
+whatever the files hold. A family says how the two views of one layer correspond, which is what running a layer
+takes; `mergekit_lr.arch.moe_families` says what it takes to write fewer experts (a test compares the two). To add a
+family, add a `Family` to `FAMILIES`: its ``model_type`` and the names below ``model.layers.N.`` on disk.
 """
 
 from __future__ import annotations

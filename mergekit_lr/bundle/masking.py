@@ -66,7 +66,7 @@ def pack_tensor(job: Packing, desk: Desk) -> dict[str, Any]:
     Masks are made against the vector as it is stored, rounded, so a reader can make them again from a bundle.
     Returns densities and, where they were fitted, lambdas and factors, for the report.
     """
-    parts = _Parts(job, desk)
+    parts = Parts(job, desk)
     tasks = len(job.lambdas)
     lambdas = parts.fitted() if None in job.lambdas else [x for x in job.lambdas if x is not None]
     sums = [_Sums() for _ in range(tasks)]
@@ -121,7 +121,7 @@ class _Sums:
         return float(torch.tensor(best, dtype=torch.float64).to(torch.bfloat16))
 
 
-class _Parts:
+class Parts:
     """The inputs of one tensor, block by block; held where one block is all."""
 
     def __init__(self, job: Packing, desk: Desk) -> None:

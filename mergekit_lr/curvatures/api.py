@@ -50,12 +50,12 @@ def curvature(
     names: str | Path | None = None,
     form: Form = "full",
     dtype: Literal["float32", "bfloat16"] = "float32",
-    text: Sequence[str | Path] = (),
+    text: Sequence[str | Path] | None = None,
     samples: int = 256,
     sequence_length: int = 256,
     labels: Literal["sampled", "text"] = "sampled",
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     max_memory: str | int | None = None,
     overwrite: bool = False,
 ) -> Written:
@@ -87,10 +87,11 @@ def curvature(
         raise UsageError("an unknown form, dtype or kind of labels", fix="see mergekit-lr curvature --help")
     if text:
         from mergekit_lr.curvatures.estimate import fisher_diagonal
+        from mergekit_lr.engine.plan import choose_device
 
         moments = fisher_diagonal(
             checkpoint, text, form=form, samples=samples, sequence_length=sequence_length, labels=labels, seed=seed,
-            device=device, max_memory=max_memory,
+            device=choose_device(device), max_memory=max_memory,
         )  # fmt: skip
     else:
         from mergekit_lr.curvatures.sources import read_moments

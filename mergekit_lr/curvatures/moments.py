@@ -68,9 +68,9 @@ def moment_of(
     def whole(part: str) -> Tensor:
         return state.read(parts[part], 0, info[part].numel).to(torch.float32).reshape(info[part].shape)
 
-    for part in ("exp_avg_sq", "variance"):
-        if part in parts and not {"exp_avg_sq_row", "row_var"} & set(parts):
-            return Moment(info[part].shape, lambda: whole(part), step=step, beta2=beta2, unbiased=part == "variance")
+    full = next((p for p in ("exp_avg_sq", "variance") if p in parts), None)
+    if full is not None and not {"exp_avg_sq_row", "row_var"} & set(parts):
+        return Moment(info[full].shape, lambda: whole(full), step=step, beta2=beta2, unbiased=full == "variance")
     if {"exp_avg_sq_row", "exp_avg_sq_col"} <= set(parts):
         return _adafactor(info["exp_avg_sq_row"].shape, info["exp_avg_sq_col"].shape, whole, "exp_avg_sq_row", where)
     if {"row_var", "col_var"} <= set(parts):

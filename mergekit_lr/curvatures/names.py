@@ -85,7 +85,8 @@ def _built(config: Any, loaded: Any) -> Any:
     kind: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         return None
-    return kind._from_config(loaded)
+    known: Any = kind
+    return known._from_config(loaded)
 
 
 def named_list(path: Path) -> list[str]:

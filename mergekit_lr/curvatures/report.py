@@ -35,8 +35,8 @@ OUTSIDE = "outside the layers"
 class Tally:
     """Sums over some tensors for n models: everything in the report is a quotient of these.
 
-    ``entries``; ``kept`` and ``given`` ``[n]``: entries that masks kept, and squares of each model's term of the merge;
-    over the entries with curvature above zero in every model: their ``count``, ``logs`` ``[n]``, ``products`` ``[n, n]``.
+    ``entries``; ``kept`` and ``given`` ``[n]``: entries that masks kept, and squares of each model's term of the
+    merge; over the entries with curvature above zero in every model: ``count``, ``logs`` ``[n]``, ``products [n, n]``.
     """
 
     entries: int

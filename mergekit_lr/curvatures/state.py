@@ -148,22 +148,30 @@ def _bare(path: Path) -> Any:
     return value["param"] if isinstance(value, dict) and "param" in value else value
 
 
+def converted(kind: str, source: Path, target: Path) -> None:
+    """Write the second moments and plain values of ``source`` to ``target``; confines this process first.
+
+    Raises:
+        CheckpointError: the state is refused. A damaged pickle raises whatever it makes a loader raise.
+    """
+    if kind == "dcp":
+        from mergekit_lr.curvatures.distributed import convert_folder
+
+        return convert_folder(source, target)
+    tensors, plain = (_torch if kind == "torch" else _deepspeed)(source)
+    size = source.stat().st_size if kind == "torch" else sum(p.stat().st_size for p in source.rglob("*.pt"))
+    check_tensors(tensors, 2 * size)
+    text = json.dumps(plain)
+    if len(text) > MAX_PLAIN:
+        raise CheckpointError("it holds more plain values than an optimizer state does")
+    return write_plain(tensors, target, {"plain": text})
+
+
 def _main(kind: str, source: Path, target: Path) -> int:
     torch.set_num_threads(1)
     torch.zeros(1).clone()
     try:
-        if kind == "dcp":
-            from mergekit_lr.curvatures.distributed import convert_folder
-
-            convert_folder(source, target)
-            return 0
-        tensors, plain = (_torch if kind == "torch" else _deepspeed)(source)
-        size = source.stat().st_size if kind == "torch" else sum(p.stat().st_size for p in source.rglob("*.pt"))
-        check_tensors(tensors, 2 * size)
-        text = json.dumps(plain)
-        if len(text) > MAX_PLAIN:
-            raise CheckpointError("it holds more plain values than an optimizer state does")
-        write_plain(tensors, target, {"plain": text})
+        converted(kind, source, target)
     except (CheckpointError, pickle.UnpicklingError, *REFUSALS) as e:
         return refused(e)
     return 0

@@ -93,7 +93,9 @@ def in_order(job: Job, count: int, one: Callable[[Worker, int], Any], workers: i
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_compute, args=(job, count, one, shared, theirs, os.getpid()), daemon=True)
+            inherited = (*crew, ours)
+            arguments = (job, count, one, shared, theirs, inherited, os.getpid())
+            process = context.Process(target=_compute, args=arguments, daemon=True)
             process.start()
             theirs.close()
             crew[ours] = process
@@ -125,9 +127,21 @@ def in_order(job: Job, count: int, one: Callable[[Worker, int], Any], workers: i
 
 
 def _compute(
-    job: Job, count: int, one: Callable[[Worker, int], Any], shared: _Shared, theirs: Connection, parent: int
+    job: Job,
+    count: int,
+    one: Callable[[Worker, int], Any],
+    shared: _Shared,
+    theirs: Connection,
+    inherited: Sequence[Connection],
+    parent: int,
 ) -> None:
-    """A worker process of `in_order`: sends ``(i, result, [])`` each time, ``(None, error, warnings)`` at the end."""
+    """A worker process of `in_order`: sends ``(i, result, [])`` each time, ``(None, error, warnings)`` at the end.
+
+    ``inherited``: the parent's ends of the pipes, copied by the fork; while one is open here, nobody that sends into it
+    learns that the parent has gone.
+    """
+    for connection in inherited:
+        connection.close()
     _begin(job, shared, parent)
     error: BaseException | None = None
     try:

@@ -70,8 +70,8 @@ class LowRank(Code):
         call, n = wanted.call, wanted.numel
         stop = n if stop is None else stop
         second = 1 + parts_of(call["a"][0])
-        a = read_side(desk, 1, *call["a"], call["row"])
-        b = read_side(desk, second, *call["b"], call["row"])
+        a = read_side(desk, 1, call["a"][0], call["a"][1], call["row"])
+        b = read_side(desk, second, call["b"][0], call["b"][1], call["row"])
         left, right = (a, b) if call["transposed"] else (b, a)
         right = right.T.contiguous()
         scale = None
@@ -88,7 +88,7 @@ class LowRank(Code):
     def fixed(self, wanted: Recovered) -> int:
         """Both factors, what they are made of, and three blocks of rows."""
         rows, columns = wanted.shape
-        directions = sum(1 + wanted.call[side][0] for side in "ab")
+        directions = sum(1 + int(wanted.call[side][0]) for side in "ab")
         rank = max(1, int(wanted.call["rank"]))
         return 4 * rank * (rows + columns) * (directions + 3) + 12 * block_rows(columns) * columns
 

@@ -6,35 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergekit_lr.linalg import RankPolicy, energy, truncated_svd
-from mergekit_lr.linalg import ratio as ratio_policy
+from mergekit_lr.linalg import truncated_svd
 from mergekit_lr.linalg.lowrank import Pair
-
-
-@dataclass(frozen=True)
-class RankRule:
-    """Which rank a matrix gets: ``rank``, or the smallest that keeps ``energy`` of the squared norm, or ``ratio`` of
-    the smaller side; with one of these ``rank`` is the most."""
-
-    rank: int | None = None
-    energy: float | None = None
-    ratio: float | None = None
-
-    def policy(self, rows: int, columns: int) -> int | RankPolicy:
-        limit = min(rows, columns)
-        most = limit if self.rank is None else min(self.rank, limit)
-        if self.energy is not None:
-            by_energy = energy(self.energy)
-            name = f"{by_energy.name}, at most {most}"
-            return RankPolicy(name, lambda s, m, n: min(most, by_energy(s, m, n)), True)
-        if self.ratio is not None:
-            return min(most, ratio_policy(self.ratio)(None, rows, columns))
-        return most
-
-    def most(self, rows: int, columns: int) -> int:
-        """The largest rank that the rule can give."""
-        found = self.policy(rows, columns)
-        return found if isinstance(found, int) else min(rows, columns, self.rank or min(rows, columns))
+from mergekit_lr.lowrank.ranks import RankRule
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def extract_lora(
         UsageError: neither rank nor energy, or one that makes no sense.
         CheckpointError: the models do not fit each other, or a changed tensor has no place in an adapter.
     """
-    from mergekit_lr.lowrank.decompose import RankRule
+    from mergekit_lr.lowrank.ranks import RankRule
 
     _check_arguments(rank, energy, embeddings, dtype)
     where = choose_device(device)

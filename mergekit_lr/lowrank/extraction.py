@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from mergekit_lr.lowrank.peft import (
 from mergekit_lr.lowrank.sorting import BIAS, SAVED, stored_transposed
 
 if TYPE_CHECKING:
-    from mergekit_lr.lowrank.decompose import RankRule
+    from mergekit_lr.lowrank.ranks import RankRule
 
 REPORT = "merge_report.json"
 
@@ -104,7 +104,7 @@ def assemble(work: Extraction, space: Workspace, parts: Mapping[str, Path], *, o
         for checkpoint in opened.values():
             checkpoint.close()
     config = adapter_config(_describe(work, facts, saved), work.base.tensors)
-    report = _report(work, space, facts, saved, sum(_bytes(e) for e in entries))
+    report = _report(work, space, facts, saved, entries)
     files = {CONFIG: config_bytes(config), REPORT: (json.dumps(report, indent=1) + "\n").encode()}
     space.commit(files, lay_out_file(WEIGHTS, entries, {}), overwrite=overwrite)
     return report
@@ -168,7 +168,11 @@ def _describe(work: Extraction, facts: Mapping[str, Mapping[str, Any]], saved: M
 
 
 def _report(
-    work: Extraction, space: Workspace, facts: Mapping[str, Mapping[str, Any]], saved: Mapping[str, str], size: int
+    work: Extraction,
+    space: Workspace,
+    facts: Mapping[str, Mapping[str, Any]],
+    saved: Mapping[str, str],
+    entries: Sequence[Entry],
 ) -> dict[str, Any]:
     from mergekit_lr import __version__
 
@@ -183,13 +187,14 @@ def _report(
         "base": work.base.reference,
         "rank": work.rule.rank,
         "energy": work.rule.energy,
-        "bytes": size,
+        "bytes": sum(_bytes(e) for e in entries),
         "bytes_of_model": sum(t.nbytes for t in work.model.tensors.values()),
         "relative_error": cut / whole if whole else 0.0,
         "modules": {
             _path(n): {"rank": f["rank"], "relative_error": f["residual"] / f["norm"], "norm": f["norm"]}
             for n, f in pairs.items()
         },
+        "tensors": [{"name": e.name, "dtype": e.dtype, "shape": list(e.shape)} for e in entries],
         "saved": sorted(saved),
         "saved_bytes": sum(work.model.tensors[n].nbytes for n in saved),
         "dropped": {n: r for n, r in sorted(dropped.items()) if differs(work, n)},

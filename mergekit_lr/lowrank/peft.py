@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -103,3 +104,14 @@ def is_embedding(weight: str) -> bool:
 def is_head(weight: str) -> bool:
     """Whether a weight's name is that of an output head."""
     return weight.removesuffix(".weight").rpartition(".")[2] in ("lm_head", "embed_out", "score", "classifier")
+
+
+def saved_name(stored: str, pairs: Collection[str]) -> str:
+    """The adapter's name of a tensor saved whole, whose name was ``stored`` in an adapter or a base.
+
+    A bias of a module that has a pair (by weight in ``pairs``) lies inside PEFT's wrapper.
+    """
+    plain = re.sub(r"\.modules_to_save(\.default)?\.", ".", stored.removeprefix(PREFIX)).replace(".base_layer.", ".")
+    path, _, kind = plain.rpartition(".")
+    inner = ".base_layer" if kind == "bias" and f"{path}.weight" in pairs else ""
+    return f"{PREFIX}{path}{inner}.{kind}"

@@ -19,13 +19,12 @@ from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.writer import write_safetensors
 from mergekit_lr.engine.run import one_thread_each
 from mergekit_lr.errors import ResourceError
-from mergekit_lr.lazy import torch
 from mergekit_lr.lowrank.adapters import read_whole
 from mergekit_lr.lowrank.extraction import same_tensor
 
 if TYPE_CHECKING:
     from mergekit_lr.linalg.lowrank import Pair
-    from mergekit_lr.lowrank.decompose import RankRule
+    from mergekit_lr.lowrank.ranks import RankRule
     from mergekit_lr.rewrite import Preparation
 
 PAIRS, DIFFERS, SPECTRA = "pairs", "differs.json", "spectra.json"
@@ -59,7 +58,8 @@ def prepare_pairs(
     fs.make_folder(folder)
     paths = {n: folder / f"{i:06d}.safetensors" for i, n in enumerate(weights)}
     todo = [n for n in weights if not paths[n].exists()]
-    needs = {n: working_bytes(*base.tensors[n].shape, ITEM_BYTES[base.tensors[n].dtype]) for n in todo}
+    shapes = {n: (base.tensors[n].shape, ITEM_BYTES[base.tensors[n].dtype]) for n in todo}
+    needs = {n: working_bytes(s[0], s[1], item) for n, (s, item) in shapes.items()}
     workers = _workers(work, needs)
 
     def one(weight: str) -> None:
@@ -104,8 +104,13 @@ def _workers(work: Preparation, needs: Mapping[str, int]) -> int:
 
 
 def run_all(do: Callable[[str], None], todo: Sequence[str], workers: int, tell: Callable[[int], None]) -> None:
-    """``do`` every name in threads that use one thread inside torch; the first failure cancels what has not begun."""
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    """``do`` every name in so many threads; the first failure cancels what has not begun."""
+    if workers == 1:
+        for done, name in enumerate(todo, 1):
+            do(name)
+            tell(done)
+        return
+    with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(do, n) for n in todo]
         try:
             for done, future in enumerate(futures, 1):

@@ -30,7 +30,15 @@ def patterns(only: str | None) -> list[str]:
 def aligned_order(recipe: Recipe) -> list[str]:
     """Models in the order of alignment, the first the one that stays: the base where there is one."""
     base = [str(recipe.base_model)] if recipe.base_model else []
-    return list(dict.fromkeys([*base, *(str(m.reference) for m in recipe.input_models())]))
+    order = [*base, *(str(m.reference) for m in recipe.input_models())]
+    if len(order) < 2 or len(set(order)) < len(order):
+        raise RecipeError(
+            "there is nothing to align",
+            where=str(recipe.origin or "recipe"),
+            why="one model stands twice" if len(order) > 1 else "there is one model and no base_model",
+            fix="name two different models",
+        )
+    return order
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,9 @@ class How:
                 keys=self.keys,
             )
         first = inputs[0]
-        if len(inputs) == 2:
-            return first + self.t * (inputs[1] - first)
+        if len(inputs) == 2:  # from the nearer end, so that both ends are met to the bit
+            step = inputs[1] - first
+            return first + self.t * step if self.t < 0.5 else inputs[1] - (1 - self.t) * step
         total = first - first
         for x in inputs[1:]:
             total = total + (x - first)
@@ -74,18 +83,31 @@ class How:
 
 def call(recipe: Recipe, name: str, order: list[str]) -> How:
     """`How` for one tensor of a recipe."""
-    merge, per_model = recipe.resolve(name, 0.0)
+    resolved, per_model = recipe.resolve(name, 0.0)
+    merge: Any = resolved
+    if merge.then is not None and recipe.base_model is not None and get_method(merge.then).base is Base.OPERAND:
+        raise RecipeError(
+            f"{merge.then} takes the base as one of its models and cannot follow an alignment to it",
+            where=str(recipe.origin or "recipe"),
+            fix="leave base_model out: the first model is then the one that the others are aligned to",
+        )
     inputs = [str(m.reference) for m in recipe.input_models()]
     return How(
         models=len(order),
         base=recipe.base_model is not None,
-        t=merge.t,  # type: ignore[attr-defined]
-        then=merge.then,  # type: ignore[attr-defined]
-        merge=_given(merge, PASSED_ON),
+        t=merge.t,
+        then=merge.then,
+        merge=_passed_on(merge),
         per_model=tuple(_given(m, PASSED_ON_OF_MODELS) for m in per_model),
         seed=recipe.seed,
         keys=tuple(inputs),
     )
+
+
+def _passed_on(merge: Any) -> Pairs:
+    """What of the `Merge` parameters goes to ``then``; ``t`` too where it has one."""
+    takes_t = merge.then is not None and "t" in get_method(merge.then).Merge.model_fields
+    return (*_given(merge, PASSED_ON), *((("t", merge.t),) if takes_t else ()))
 
 
 def _given(parameters: Any, names: tuple[str, ...]) -> Pairs:
@@ -107,7 +129,7 @@ def problems(merge: Any, models: tuple[Any, ...]) -> list[str]:
     if not isinstance(method, Method):
         return [f"then: {merge.then} lays out its own output and cannot follow an alignment"]
     try:
-        merged = method.Merge.model_validate(given)
+        merged = method.Merge.model_validate(dict(_passed_on(merge)))
         resolved = tuple(method.PerModel.model_validate(m) for m in own)
     except ValidationError as e:
         first = e.errors()[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from mergekit_lr.checkpoint.dtypes import AVERAGED
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.writer import write_safetensors
 from mergekit_lr.errors import CheckpointError, join_problems
+from mergekit_lr.matching.activations import Cost, widened, with_activations
 from mergekit_lr.matching.ascent import Matching, Tell, match_weights
 from mergekit_lr.matching.diagnose import agreements, mean_agreement
 from mergekit_lr.matching.many import match_many
 from mergekit_lr.matching.member import Member, Read, apply, identity, place
 from mergekit_lr.matching.saved import load_members, save_members, saved_choice
+from mergekit_lr.matching.vocabulary import ROWS, row_map, take_rows
 
 PERMUTATIONS = "permutations.safetensors"
 AXES = "axes.safetensors"
@@ -54,7 +56,9 @@ def check_inputs(spec: SymmetrySpec, models: Sequence[Checkpoint]) -> None:
             problems.append(f"{model.reference}: tensor {name!r} is in only one of it and {first.reference}")
         for name, info in first.tensors.items():
             found = model.tensors.get(name)
-            if found is not None and found.shape != info.shape:
+            rows = name in ROWS and model is not first and row_map(first, model) is not None
+            shape = info.shape[rows:], None if found is None else found.shape[rows:]
+            if found is not None and shape[0] != shape[1]:
                 problems.append(
                     f"{model.reference}: tensor {name!r} has shape {list(found.shape)} where {first.reference} has "
                     f"{list(info.shape)}; permutations need equal widths and depths, other widths need optimal "
@@ -69,8 +73,11 @@ def check_inputs(spec: SymmetrySpec, models: Sequence[Checkpoint]) -> None:
         raise join_problems(CheckpointError, problems[:50])
 
 
-def reader(model: Checkpoint, keep: int) -> Read:
-    """Whole tensors in their stored dtype; all of them are kept once read if the model has at most ``keep`` bytes."""
+def reader(model: Checkpoint, keep: int, rows: Tensor | None = None) -> Read:
+    """Whole tensors in their stored dtype; all of them are kept once read if the model has at most ``keep`` bytes.
+
+    ``rows``: take token rows in this order, see `vocabulary.row_map`.
+    """
     total = sum(t.nbytes for t in model.tensors.values())
     kept: dict[str, Tensor] = {}
 
@@ -82,6 +89,8 @@ def reader(model: Checkpoint, keep: int) -> Read:
         for d in shape:
             n *= d
         tensor = model.read(name, 0, n).reshape(shape)
+        if rows is not None and name in ROWS:
+            tensor = take_rows(tensor, rows)
         if total <= keep:
             kept[name] = tensor
         return tensor
@@ -100,8 +109,12 @@ def align(
     keep: int,
     threads: int,
     tell: Tell | None = None,
+    cost: Cost = "weights",
+    record: Callable[[Checkpoint, SymmetrySpec], Mapping[str, Tensor]] | None = None,
 ) -> tuple[SymmetrySpec, list[Member], dict[str, Any]]:
     """Spec, members (the identity first) and a report. ``to_first``: align each to the first alone, even if many.
+
+    ``record`` gives a model's activations where ``cost`` is not ``weights``; see `mergekit_lr.matching.activations`.
 
     Raises:
         CheckpointError: the models do not fit each other or the spec.
@@ -109,16 +122,19 @@ def align(
     """
     spec = spec_of(permutations, models[0])
     check_inputs(spec, models)
-    reads = [reader(m, keep // len(models)) for m in models]
+    rows = [None, *(row_map(models[0], m) for m in models[1:])]
+    reads = [reader(m, keep // len(models), r) for m, r in zip(models, rows, strict=True)]
     found: list[Matching] = []
     if permutations and permutations.endswith(".safetensors"):
         members = load_members(Path(permutations), spec, len(models))
-    elif len(models) == 2 or to_first:
-        found = [
-            match_weights(spec, reads[0], r, seed=seed, restarts=restarts, only=only, threads=threads, tell=tell)
-            for r in reads[1:]
-        ]
-        members = [identity(spec), *(f.member for f in found)]
+    elif len(models) == 2 or to_first or cost != "weights":
+        seen = [record(m, spec) for m in models] if record is not None and cost != "weights" else None
+        for i, read in enumerate(reads[1:], 1):
+            used = (spec, reads[0], read)
+            if seen is not None:
+                used = with_activations(spec, (reads[0], read), (seen[0], seen[i]), cost)
+            found.append(match_weights(*used, seed=seed, restarts=restarts, only=only, threads=threads, tell=tell))
+        members = [identity(spec), *(widened(spec, f.member) for f in found)]
     else:
         members = list(match_many(spec, reads, seed=seed, only=only, threads=threads, tell=tell).members)
     return spec, members, _report(spec, models, reads, members, found)
@@ -149,8 +165,9 @@ def _report(
         if found:
             m = found[i - 1]
             row |= {
-                "distance_before": m.distance(m.start),
-                "distance_after": m.distance(),
+                "objective_before": m.start,
+                "objective_after": m.objective,
+                "objective_at_most": m.norms[0] * m.norms[1],
                 "sweeps": m.sweeps,
                 "restart": m.restart,
             }
@@ -191,14 +208,15 @@ def write_alignment(
     spec: SymmetrySpec,
     members: Sequence[Member],
     report: Mapping[str, Any],
-    models: Sequence[str],
+    models: Sequence[Checkpoint],
     choice: str,
 ) -> None:
-    """Permutations, what they mean for each axis of each tensor, and the report; the report last, as a sign of the end.
+    """Permutations, what they mean for each axis of each tensor, and the report, which comes last.
 
-    An axis is int32: ``sign * (index + 1)`` of what each place takes. Equal axes are stored once.
+    An axis is int32: ``sign * (index + 1)`` of what each place takes, 0 for a token that the model does not have. Equal
+    axes are stored once.
     """
-    save_members(folder / PERMUTATIONS, spec, members, models, choice)
+    save_members(folder / PERMUTATIONS, spec, members, [m.reference for m in models], choice)
     axes: dict[str, Tensor] = {}
     uses: dict[str, dict[str, Any]] = {}
     known: dict[bytes, str] = {}
@@ -207,9 +225,10 @@ def write_alignment(
             found = place(spec, member, name)
             named: dict[str, str] = {}
             for axis, (index, sign) in enumerate(zip(found.index, found.signs, strict=True)):
-                if index is None and sign is None:
+                tokens = row_map(models[0], models[i]) if axis == 0 and name in ROWS else None
+                if index is None and sign is None and tokens is None:
                     continue
-                code = _code(index, sign)
+                code = _code(index, sign) if tokens is None else (tokens + 1).to(torch.int32)
                 key = known.setdefault(code.numpy().tobytes(), f"axis.{len(known)}")
                 axes[key] = code
                 named[str(axis)] = key
@@ -230,10 +249,13 @@ def _code(index: Tensor | None, sign: Tensor | None) -> Tensor:
     return code if sign is None else code * sign.to(torch.int32)
 
 
-def decoded(tensor: Tensor, axis: int, code: Tensor) -> Tensor:
-    """A tensor whose axis is filled as ``code`` says."""
+def decoded(tensor: Tensor, axis: int, code: Tensor, first: Tensor) -> Tensor:
+    """A tensor whose axis is filled as ``code`` says; rows that it does not have are those of ``first``."""
     index = code.long().abs() - 1
-    out = tensor.index_select(axis, index)
+    out = tensor.index_select(axis, index.clamp_min(0))
+    if bool((index < 0).any()):
+        absent = (index < 0).reshape([-1 if a == axis else 1 for a in range(tensor.ndim)])
+        return torch.where(absent, first, out)
     if bool((code < 0).any()):
         shape = [1] * tensor.ndim
         shape[axis] = -1

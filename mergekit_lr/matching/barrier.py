@@ -1,7 +1,7 @@
 """Loss along the line between two models, before and after alignment, and the barrier on it.
 
-The barrier is ``max_t L((1 - t) A + t B) - ((1 - t) L(A) + t L(B))`` (Frankle et al., arXiv 1912.05671; Entezari et al.,
-arXiv 2110.06296). Zero means that the two are linearly connected.
+The barrier is ``max_t L((1 - t) A + t B) - ((1 - t) L(A) + t L(B))`` (Frankle et al., arXiv 1912.05671; Entezari et
+al., arXiv 2110.06296). Zero means that the two are linearly connected.
 """
 
 from __future__ import annotations
@@ -149,11 +149,12 @@ def _layers(names: Sequence[str], saved: Path) -> list[dict[str, Any]]:
     from mergekit_lr.matching.diagnose import agreements
     from mergekit_lr.matching.member import apply
     from mergekit_lr.matching.saved import load_members
+    from mergekit_lr.matching.vocabulary import row_map
 
     with open_model(ModelReference.parse(names[0])) as a, open_model(ModelReference.parse(names[1])) as b:
         spec = spec_of(str(saved), a)
         member = load_members(saved, spec, 2)[1]
-        read_a, read_b = reader(a, 1 << 30), reader(b, 1 << 30)
+        read_a, read_b = reader(a, 1 << 30), reader(b, 1 << 30, row_map(a, b))
         matrices = [n for n in a.tensors if spec.of_tensor[n][0].groups()]
         before = agreements(matrices, read_a, read_b, top=True)
         after = agreements(matrices, read_a, lambda n: apply(spec, member, read_b, n), top=True)

@@ -20,8 +20,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def perceptron(tensors: Mapping[str, Tensor], inputs: Tensor, activation: str = "relu", where: str = "model") -> Tensor:
+def perceptron(
+    tensors: Mapping[str, Tensor],
+    inputs: Tensor,
+    activation: str = "relu",
+    where: str = "model",
+    seen: dict[str, Tensor] | None = None,
+) -> Tensor:
     """Outputs of linear layers with one activation between them; ``inputs [n, ...]`` are flattened.
+
+    ``seen`` is filled with what enters each weight, ``[n, d]`` in fp64.
 
     Raises:
         CheckpointError: the tensors are anything but linear layers in a chain.
@@ -40,6 +48,8 @@ def perceptron(tensors: Mapping[str, Tensor], inputs: Tensor, activation: str = 
         )
     x = inputs.flatten(1)
     for i, m in enumerate(layers):
+        if seen is not None:
+            seen[f"{m}.weight"] = x.double()
         weight = tensors[f"{m}.weight"].to(x.dtype)
         bias = tensors.get(f"{m}.bias")
         x = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -54,18 +64,30 @@ def read_data(path: Path) -> tuple[Tensor, Tensor]:
     Raises:
         CheckpointError: they are not there, or not as many of one as of the other.
     """
-    with open_file(path, str(path)) as file:
-        found = {}
-        for name in ("inputs", "labels"):
-            if name not in file.tensors:
-                raise CheckpointError(
-                    f"the data has no tensor {name!r}", where=str(path), fix="store `inputs` [n, ...] and `labels` [n]"
-                )
-            shape = file.tensors[name].shape
-            found[name] = file.read(name, 0, int(torch.tensor(shape).prod())).reshape(shape)
-    inputs, labels = found["inputs"].float(), found["labels"].long()
-    if labels.ndim != 1 or len(labels) != len(inputs) or not len(labels):
-        raise CheckpointError(
-            "inputs and labels do not fit", where=str(path), why=f"{tuple(inputs.shape)} and {tuple(labels.shape)}"
-        )
+    inputs, labels = read_inputs(path), _read(path, "labels").long()
+    if labels.ndim != 1 or len(labels) != len(inputs):
+        shapes = f"{tuple(inputs.shape)} and {tuple(labels.shape)}"
+        raise CheckpointError("inputs and labels do not fit", where=str(path), why=shapes)
     return inputs, labels
+
+
+def read_inputs(path: Path) -> Tensor:
+    """``inputs [n, ...]`` of a safetensors file, fp32.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    inputs = _read(path, "inputs").float()
+    if inputs.ndim < 2 or not len(inputs):
+        raise CheckpointError("`inputs` holds no samples", where=str(path), why=f"its shape is {tuple(inputs.shape)}")
+    return inputs
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with open_file(path, str(path)) as file:
+        if name not in file.tensors:
+            raise CheckpointError(
+                f"the data has no tensor {name!r}", where=str(path), fix="store `inputs` [n, ...] and `labels` [n]"
+            )
+        shape = file.tensors[name].shape
+        return file.read(name, 0, int(torch.tensor(shape).prod())).reshape(shape)

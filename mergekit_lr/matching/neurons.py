@@ -123,10 +123,10 @@ def correlation(reference: Tensor, other: Tensor, *, threads: int = 1) -> Tensor
     if reference.ndim != 2 or other.ndim != 2 or reference.shape[0] != other.shape[0]:
         shapes = f"{tuple(reference.shape)} and {tuple(other.shape)}"
         raise LinalgError(f"activations of shapes {shapes} are not of one text")
-    return cross_gram([(_standardised(reference), _standardised(other))], threads=threads)
+    return cross_gram([(standardised(reference), standardised(other))], threads=threads)
 
 
-def _standardised(x: Tensor) -> Tensor:
+def standardised(x: Tensor) -> Tensor:
     """Columns with mean 0 and norm 1, as rows; zero where a column is constant."""
     x = x.double()
     centred = x - x.mean(dim=0)

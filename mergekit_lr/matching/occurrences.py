@@ -12,6 +12,11 @@ from mergekit_lr.arch.symmetry import Section, SymmetrySpec, TensorSpec, section
 from mergekit_lr.matching.member import Member, Read, apply
 
 
+def unfold(tensor: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
+    """One axis as several."""
+    return tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
+
+
 @dataclass(frozen=True)
 class Occurrence:
     """A group as one factor of one axis of an entry: the stretch ``offset .. offset + length``, unfolded to ``sizes``.
@@ -30,7 +35,7 @@ class Occurrence:
 
     def unfold(self, tensor: Tensor) -> Tensor:
         """``[n, m]``, or ``[parent's size, n, m]`` where the parent is a factor too."""
-        part = tensor.narrow(self.axis, self.offset, self.length).unflatten(self.axis, self.sizes)
+        part = unfold(tensor.narrow(self.axis, self.offset, self.length), self.axis, self.sizes)
         at = self.axis + self.position
         if self.parent is None or self.parent < 0:
             return part.movedim(at, 0).flatten(1) if part.ndim > 1 else part.reshape(-1, 1)
@@ -104,7 +109,7 @@ def parts_of(spec: SymmetrySpec, group: str, read_a: Read, read_b: Read, member:
         for name in o.entry.names:
             sides = []
             for tensor in (read_a(name), apply(spec, member, read_b, name, still=still)):
-                part = tensor.narrow(o.axis, o.offset, o.length).unflatten(o.axis, o.sizes)
+                part = unfold(tensor.narrow(o.axis, o.offset, o.length), o.axis, o.sizes)
                 sides.append(part.movedim(o.axis + o.position, 0))
             axes = {str(c): (o.axis + i - (i > o.position), signed) for c, (i, signed) in inside.items()}
             found.append(Part(sides[0], sides[1], axes))
@@ -124,7 +129,7 @@ def _split(tensor: Tensor, entry: TensorSpec, children: list[str]) -> Tensor:
     """Unfold every axis that a child is a factor of (a spec has those in one stretch)."""
     for a in reversed(range(len(entry.axes))):
         if any(f.group in children for f in entry.axes[a][0]):
-            tensor = tensor.unflatten(a, tuple(f.size for f in entry.axes[a][0]))
+            tensor = unfold(tensor, a, tuple(f.size for f in entry.axes[a][0]))
     return tensor
 
 

@@ -187,7 +187,7 @@ def _candidates(spec: SymmetrySpec, group: str, children: list[str], parts: list
 
 
 def _unit(x: Tensor) -> Tensor:
-    norm = x.norm(dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / norm.masked_fill(norm == 0, 1.0)
 
 

@@ -11,6 +11,7 @@ from mergekit_lr.arch.tied import EMBEDDINGS, HEADS, config_ties
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.checkpoint.reference import ModelReference
+from mergekit_lr.report.bundles import BundleInspection, inspect_bundle, is_bundle
 from mergekit_lr.report.consistency import (
     config_problems,
     dtype_bytes,
@@ -82,13 +83,17 @@ class Inspection:
         return lines + [f"warning       {w}" for w in self.warnings]
 
 
-def inspect(path: str | Path | ModelReference, *, allow_pickle: bool = False, cache: Path | None = None) -> Inspection:
-    """Describe the model that a path, Hub id or ``model+adapter`` names.
+def inspect(
+    path: str | Path | ModelReference, *, allow_pickle: bool = False, cache: Path | None = None
+) -> Inspection | BundleInspection:
+    """Describe the model that a path, Hub id or ``model+adapter`` names, or a bundle.
 
     Raises:
         CheckpointError: it cannot be opened.
     """
     reference = path if isinstance(path, ModelReference) else ModelReference.parse(str(path))
+    if is_bundle(Path(reference.path)):
+        return inspect_bundle(Path(reference.path))
     with open_model(reference, allow_pickle=allow_pickle, cache=cache, headers_only=True) as checkpoint:
         return describe(checkpoint)
 

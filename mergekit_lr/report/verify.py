@@ -16,6 +16,7 @@ from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header
 from mergekit_lr.checkpoint.model import inside, read_json, read_weight_map
 from mergekit_lr.engine.digest import ALGORITHM
 from mergekit_lr.errors import CheckpointError, VerificationError
+from mergekit_lr.report.bundles import check_bundle, is_bundle
 from mergekit_lr.report.consistency import config_problems, layer_outliers, more, text_config
 from mergekit_lr.report.scan import scan
 
@@ -56,7 +57,7 @@ class Verification:
 
 
 def verify(path: str | Path, *, weights: bool = True) -> Verification:
-    """Check a model folder, or one safetensors file.
+    """Check a model folder, a bundle, or one safetensors file.
 
     ``weights=False`` leaves the weights unread: names, shapes, config and index only, as before a commit.
 
@@ -65,6 +66,8 @@ def verify(path: str | Path, *, weights: bool = True) -> Verification:
     """
     folder = Path(path)
     result = Verification(str(path))
+    if is_bundle(folder):
+        return _verify_bundle(result, folder, weights)
     if folder.is_file():
         headers = _read_headers(result, folder.parent, [folder.name])
         mapped, report = None, None
@@ -91,6 +94,14 @@ def verify(path: str | Path, *, weights: bool = True) -> Verification:
     if weights:
         root = folder if folder.is_dir() else folder.parent
         _check_weights(result, root, tensors, claimed, config)
+    return result
+
+
+def _verify_bundle(result: Verification, folder: Path, weights: bool) -> Verification:
+    found = check_bundle(folder, weights=weights)
+    result.problems += found.problems
+    result.files, result.tensors, result.bytes = found.files, found.tensors, found.bytes
+    result.scanned, result.digests_checked = weights, found.digests_checked
     return result
 
 

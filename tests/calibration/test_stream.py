@@ -66,6 +66,33 @@ def test_streamed_is_the_whole_forward_to_the_bit(model: Model, texts: list[Path
             assert all(p.is_meta for p in stream.network.layers[index].parameters())
 
 
+ZOO = Path(__file__).parents[2] / "examples" / "zoo" / "build"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_streamed_is_the_whole_forward_on_the_example_models(name: str) -> None:
+    folder = ZOO / name
+    if not (folder / "README.md").exists():
+        pytest.skip("the example mixtures are built by `python -m zoo.build`")
+    torch.set_num_threads(1)
+    reference = whole(folder)
+    texts = sorted((Path(__file__).parents[2] / "examples" / "text" / "heldout").glob("*.txt"))
+    with open_folder(folder, name) as checkpoint:
+        windows = windows_for(checkpoint, texts, samples=64, sequence_length=256, seed=0)
+        stream = Stream(Network(checkpoint, torch.float32, "cpu"), windows, limit=1 << 30)
+        wanted = [layer_outputs(reference, batch.ids, None) for batch in stream.batches]
+        states = MemoryStates(stream.batches)
+        stream.embed(states)
+        for index in range(len(stream.network.layers)):
+            with stream.network.filled(index) as layer:
+                exhaust(stream.run(index, layer, states, lambda b: Watcher()))
+            states.finish()
+            states.advance()
+            for batch in stream.batches:
+                assert torch.equal(states.read(batch.number), wanted[batch.number][index])
+
+
 def test_bfloat16_keeps_what_the_model_keeps_in_float32(
     tmp_path_factory: pytest.TempPathFactory, texts: list[Path]
 ) -> None:

@@ -333,3 +333,31 @@ def test_no_torch_and_no_waiting(run_apart: Run, recipe: Path, command: str) -> 
         after = os.times()
         used.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(used) < LIMITS[command]
+
+
+def test_calibrate_takes_texts_after_the_option_and_hands_everything_on(run: Run, replace: Run) -> None:
+    asked: dict[str, Any] = {}
+
+    def calibrate(model: str, out: Path, texts: list[str], **options: Any) -> dict[str, Any]:
+        asked.update(options, model=model, out=out, texts=texts)
+        return {"out": str(out)}
+
+    replace("calibrate", calibrate)
+    arguments = [
+        "--text",
+        "a.txt",
+        "b.txt",
+        "--text",
+        "org/set",
+        "--grams",
+        "linear",
+        "--grams",
+        "input",
+        "--samples",
+        "7",
+    ]
+    done = run("calibrate", "model", "s.safetensors", *arguments, "--seed", "3", "--restart", "--quiet")
+    assert done.code == 0 and done.out == "s.safetensors\n"
+    assert set(asked["texts"]) == {"a.txt", "b.txt", "org/set"} and asked["grams"] == ["linear", "input"]
+    assert (asked["samples"], asked["seed"], asked["resume"], asked["overwrite"]) == (7, 3, False, False)
+    assert run("calibrate", "model", "s.safetensors").code == 2

@@ -22,8 +22,8 @@ from mergekit_lr.registry import builtin_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
 COMMANDS = [
-    *("", "merge", "plan", "check", "verify", "inspect", "methods", "schema", "extract-lora", "eval"),
-    *("calibrate",),
+    *("", "merge", "recover", "plan", "check", "verify", "inspect", "methods", "schema", "eval", "extract-lora"),
+    *("calibrate", "barrier", "curvature", "curvature-report"),
 ]
 
 

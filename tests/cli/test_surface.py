@@ -16,6 +16,10 @@ SURFACE = {
         *("RECIPE", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
         *("--overwrite", "--allow-pickle", "--json", "--quiet -q"),
     ],
+    "recover": [
+        *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),
+        *("--resume/--restart", "--overwrite", "--json", "--quiet -q"),
+    ],
     "plan": ["RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--json"],
     "check": ["RECIPE", "--json"],
     "verify": ["OUT", "--json"],
@@ -26,6 +30,15 @@ SURFACE = {
         *("MODEL", "OUT", "FILE", "--text", "--samples", "--sequence-length", "--grams", "--similarity-tokens"),
         *("--dtype", "--device", "--max-memory", "--seed", "--resume/--restart", "--overwrite", "--json", "--quiet -q"),
     ],
+    "barrier": [
+        *("RECIPE", "FILE", "--text", "--data", "--plot", "--points", "--activation", "--max-tokens", "--device"),
+        *("--json", "--quiet -q"),
+    ],
+    "curvature": [
+        *("CHECKPOINT", "OUT", "FILE", "--model", "--names", "--form", "--dtype", "--text", "--samples"),
+        *("--sequence-length", "--labels", "--seed", "--device", "--max-memory", "--overwrite", "--json", "--quiet -q"),
+    ],
+    "curvature-report": ["RECIPE", "--plots", "--json"],
     "extract-lora": [
         *("MODEL", "BASE", "OUT", "--rank", "--energy", "--embeddings", "--include", "--exclude", "--dtype"),
         *("--device", "--max-memory", "--threads", "--resume/--restart", "--overwrite", "--allow-pickle"),
@@ -51,7 +64,7 @@ def test_commands_and_options_are_frozen() -> None:
     assert found == SURFACE
 
 
-FUNCTIONS = ["merge", "plan", "calibrate", "extract-lora"]
+FUNCTIONS = ["merge", "recover", "plan", "calibrate", "curvature", "extract-lora"]
 """Commands whose function takes the same options."""
 
 

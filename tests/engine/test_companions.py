@@ -17,12 +17,10 @@ from mergekit_lr.registry import get_method
 
 from .conftest import SHAPES, draw, read_all
 
-SECOND = {n: s for n, s in SHAPES.items()}
-
 
 def moments(seed: int, scale: float = 1e-9) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {n: torch.rand(s, generator=generator) ** 4 * scale for n, s in SECOND.items()}
+    return {n: torch.rand(s, generator=generator) ** 4 * scale for n, s in SHAPES.items()}
 
 
 @pytest.fixture
@@ -131,7 +129,7 @@ def test_files_that_are_no_curvature(world: dict[str, Any], tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="no such curvature file"):
         planned(str(tmp_path / "none.safetensors"))
     (tmp_path / "optimizer.pt").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="never loaded in a merge.*mergekit-lr curvature"):
+    with pytest.raises(CheckpointError, match=r"never loaded in a merge.*mergekit-lr curvature"):
         planned(str(tmp_path / "optimizer.pt"))
     save_file({"layers.0.q_proj.lora_A.weight": torch.ones(2, 3)}, tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match="of a LoRA"):
@@ -181,7 +179,7 @@ def test_model_wide_density_and_raw_state_dicts(world: dict[str, Any], tmp_path:
     recipe = world["recipe"] | {
         "base_model": str(tmp_path / "base.safetensors"),
         "models": [
-            {"model": str(tmp_path / f"{m}.safetensors"), "parameters": {"curvature": str(tmp_path / f"v{m}.safetensors")}}
+            {"model": f"{tmp_path}/{m}.safetensors", "parameters": {"curvature": f"{tmp_path}/v{m}.safetensors"}}
             for m in ("a", "b")
         ],
         "parameters": {"density": 0.25},

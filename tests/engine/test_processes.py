@@ -84,6 +84,19 @@ def test_a_failing_pass_is_reported_and_leaves_nobody_behind(recipe, tmp_path, f
     assert not (tmp_path / "out").exists()
 
 
+def test_workers_that_still_send_end_when_nobody_listens():
+    class Idle:
+        device, warnings = "cpu", ()
+
+        def forked(self, stop):
+            pass
+
+    results = processes.in_order(Idle(), 50, lambda worker, i: bytes(1 << 20), 3)  # far more than a pipe holds
+    assert len(next(results)) == 1 << 20
+    results.close()
+    assert multiprocessing.active_children() == []
+
+
 def test_errors_of_a_worker_are_raised_here_as_they_are(recipe, make, random_tensors, tmp_path, forked):
     import torch
 
@@ -125,7 +138,7 @@ from mergekit_lr import merge
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.engine import processes
 processes.FORK_FROM = 0
-fs.set_hook(lambda operation, path: time.sleep(0.05))
+fs.set_hook(lambda operation, path: time.sleep(0.2))
 merge(json.loads(sys.argv[1]), sys.argv[2], device="cpu", threads=2)
 """
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -367,3 +368,10 @@ FAMILIES: dict[str, Callable[[], Example]] = {
     "t5": t5,
     "t5_relu": lambda: t5(gated=False),
 }
+
+ALIKE = {
+    *("llama_untied", "mistral", "qwen2", "qwen2_moe", "bert_classifier", "roberta", "roberta_words", "t5_relu"),
+    *("resnet50", "timm_vit"),
+}
+"""Families whose spec differs little from that of another one here: the dearer tests of these are slow ones."""
+FAMILY_CASES = [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in sorted(FAMILIES)]

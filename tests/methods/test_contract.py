@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from mergekit_lr.method import Method, Slicing, Space
-from mergekit_lr.pieces import apply
 from mergekit_lr.recipe import load_recipe
 
-from .examples import CASES, EXAMPLES, METHODS, UNANIMOUS, Example, bases, inputs
+from .examples import CASES, EXAMPLES, METHODS, UNANIMOUS, Example, apply, bases, inputs
 
 SHAPES = [(), (1,), (7,), (0,), (3, 5), (1, 1), (300, 257), (2, 3, 50_001), (131_072 + 17,)]
 

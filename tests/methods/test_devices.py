@@ -11,9 +11,8 @@ import torch
 from mergekit_lr import host, selection
 from mergekit_lr.method import GRID
 from mergekit_lr.philox import draws
-from mergekit_lr.pieces import apply
 
-from .examples import CASES, EXAMPLES, METHODS, bases, inputs
+from .examples import CASES, EXAMPLES, METHODS, apply, bases, inputs
 
 
 def merged(name: str, i: int, shape: tuple[int, ...], device: str) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ where the method works on those):
   so n = N / 8; three deviations are u sqrt(N / 8). A cosine takes an inner product and the roots of two square sums:
   twice that. Coefficients follow a cosine with a slope of at most 3 in model_stock (t = 3 cos / (1 + 2 cos), which
   multiplies the mean, a third of the sum) and below 1 in the spherical means, which use at most two such numbers
-  (angle and length): `COSINES` = 4 times u sqrt(N / 8) sum_i |x_i|. Seen so far: a quarter of it.
+  (angle and length): `COSINES` = 4 times u sqrt(N / 8) sum_i |x_i|. Seen so far: half of it (multislerp).
 * **SCE's weights** w_i = E_i / sum E over what is kept. Which of several tied entries are kept is arbitrary in
   mergekit (topk) and by index here. Were all tied entries swapped, no E_i changes by more than the energy of the tied
   entries; a quotient of two such sums changes by no more than twice the largest share of it in the kept energy.

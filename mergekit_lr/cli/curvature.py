@@ -1,4 +1,4 @@
-"""The commands about curvature; imported by `mergekit_lr.cli`, which they register with."""
+"""Commands about curvature."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergekit_lr.cli import Device, Json, MaxMemory, Quiet, RecipePath, command, print_json, say
+from mergekit_lr.cli.app import Device, Json, MaxMemory, Quiet, RecipePath, command, print_json, say
 
 
 @command
@@ -32,11 +32,15 @@ def curvature(
             metavar="FILE.json", help="Parameter names in the optimizer's order, a JSON list.", show_default=False
         ),
     ] = None,
-    form: Annotated[str, typer.Option(metavar="full|rank1", help="Whole, or row and column sums of matrices.")] = "full",
+    form: Annotated[
+        str, typer.Option(metavar="full|rank1", help="Whole, or row and column sums of matrices.")
+    ] = "full",
     dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Of whole entries.")] = "float32",
     text: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE...", help="Estimate from this text instead; several may follow.", show_default=False),
+        typer.Option(
+            metavar="FILE...", help="Estimate from this text instead; several may follow.", show_default=False
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences of text, spread over the texts.")] = 256,
     sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a sequence.")] = 256,
@@ -52,7 +56,6 @@ def curvature(
 ) -> None:
     """Write a model's curvature: second moments of its optimizer, or Fisher from text."""
     from mergekit_lr.curvatures.api import curvature as write
-    from mergekit_lr.engine.plan import choose_device
 
     result = write(
         checkpoint,
@@ -61,12 +64,12 @@ def curvature(
         names=names,
         form=form,  # type: ignore[arg-type]  # checked there
         dtype=dtype,  # type: ignore[arg-type]
-        text=[*(text or []), *(more or [])],
+        text=[*(text or []), *(more or [])] or None,
         samples=samples,
         sequence_length=sequence_length,
         labels=labels,  # type: ignore[arg-type]
         seed=seed,
-        device=choose_device(device) if text else "cpu",
+        device=device,
         max_memory=max_memory,
         overwrite=overwrite,
     )
