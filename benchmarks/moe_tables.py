@@ -79,7 +79,8 @@ def targets(found: dict[str, Any]) -> str:
             best = _best(found, model, reduction)
             if not {"REAP", "neuron_select", "width_shrink"} <= best.keys():
                 continue
-            ours = min((v, n) for n, v in best.items() if n in ("width_shrink", "neuron_select", "moe_budget"))
+            names = ("width_shrink", "neuron_select", "moe_budget")
+            ours = min(((best[n], n) for n in names if n in best), key=lambda pair: pair[0])
             sub = min(v for n, v in best.items() if n.startswith("Sub-MoE, router") and "tied" not in n)
             peers = {c.name for c in CONTESTANTS if c.kind == "peer" and c.stock and c.axis == "experts"}
             refits = {c.name for c in CONTESTANTS if c.kind == "refit"}
@@ -93,7 +94,7 @@ def targets(found: dict[str, Any]) -> str:
 
 
 def _best(found: dict[str, Any], model: str, reduction: float) -> dict[str, float]:
-    """Mean over draws of each row that is complete for its draws."""
+    """Mean over the seeded draws that each row has."""
     out = {}
     for c in CONTESTANTS:
         measured = {d: v for d, v in cells(found, model, reduction, c).items() if d != f"{SHIFT} only"}
@@ -116,7 +117,9 @@ def page(found: dict[str, Any]) -> str:
     ]
     for model in found["models"]:
         for reduction in sorted(REDUCTIONS, reverse=True):
-            parts += [f"### {model}, {reduction:.0%} fewer expert parameters", table(found, model, reduction)]
+            title = f"### {model}, {reduction:.0%} fewer expert parameters"
+            measured = any(cells(found, model, reduction, c) for c in CONTESTANTS)
+            parts += [title, table(found, model, reduction) if measured else "Not measured yet."]
     return "\n\n".join(parts)
 
 
