@@ -298,7 +298,7 @@ def test_bad_input(base: Path, adapter: Any, tmp_path: Path) -> None:
     other = make_base(tmp_path / "bf16", torch.bfloat16)
     refused("its base is not", CheckpointError, [made[0], f"{other}+{tmp_path / 'b'}"], basis=1)
     spoilt = on(base, [adapter("nan", 6, size=float("nan"))])
-    refused(r"NaN or infinity|not finite", CheckpointError, spoilt, basis=0)
+    refused("NaN or infinit", CheckpointError, spoilt, basis=0)
     merge(recipe(base, made, basis=1), tmp_path / "out", device="cpu")
     with open_bundle(tmp_path / "out", base=other) as bundle, pytest.raises(CheckpointError, match="not the base"):
         bundle.state_dict("task0")[Q]
