@@ -2,10 +2,10 @@
 
     python benchmarks/curvature_floor.py [RESULT.json] [--rounds N]
 
-Makes Llama-shaped bf16 checkpoints of 46 M parameters and fp32 moments. In one process, in turn: the floor (every input
-byte pread into one reused buffer, one output written and synced, one thread) and merges; the first merge warms up and is
-not counted. Wall and CPU seconds, medians. Targets: at most 4 times the floor with moments; rank-1 moments add at most one
-percent of the models' bytes.
+Makes Llama-shaped bf16 checkpoints of 46 M parameters and fp32 moments. In one process, in turn: the floor (every
+input byte read into one reused buffer, one output written and synced, one thread) and merges; the first merge warms up
+and is not counted. Wall and CPU seconds, medians. Targets: at most 4 times the floor with moments; rank-1 moments add
+at most one percent of the models' bytes.
 """
 
 from __future__ import annotations

@@ -23,6 +23,14 @@ def _room(elements: int, dtype: str) -> Tensor:
     return torch.empty(elements * ITEM_BYTES[dtype], dtype=torch.uint8)
 
 
+def _sum_is_finite(values: Tensor) -> bool:
+    return math.isfinite(float((values.to(torch.float32) if values.element_size() == 1 else values).sum()))
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values.to(torch.float32) if values.element_size() == 1 else values).all())
+
+
 class TaskDesk:
     """One task of the graph while a worker computes it."""
 
@@ -50,9 +58,10 @@ class TaskDesk:
         whole = start is None and stop is None
         n = element_count(shape)
         raw = checkpoint.read(source.tensor, start or 0, n if stop is None else stop).to(self.device)
-        if raw.is_floating_point() and raw.numel() and not math.isfinite(float(raw.sum(dtype=torch.float64))):
-            self._spoilt(None, math.nan)
         value = raw.to(torch.float32 if dtype is None else dtype)
+        # A sum is several times quicker than a look at every value, and finite where all of them are, but for overflow.
+        if raw.is_floating_point() and raw.numel() and not _sum_is_finite(value) and not _finite(raw):
+            self._spoilt(None, math.nan)
         return value.reshape(shape) if whole else value
 
     def write(self, index: int, tensor: Tensor, start: int = 0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.experts.storage import Expert
 from mergekit_lr.lazy import torch
@@ -41,12 +41,13 @@ class ExpertBank:
     def of(cls, experts: Sequence[Expert], activation: Activation = swiglu) -> ExpertBank:
         """From experts one by one."""
         found = {n: [getattr(e, n) for e in experts] for n in _TENSORS}
-        stacked = {n: None if t[0] is None else torch.stack(t) for n, t in found.items()}
+        stacked: dict[str, Any] = {n: None if t[0] is None else torch.stack(t) for n, t in found.items()}
         return cls(**stacked, activation=activation)
 
     def expert(self, index: int) -> Expert:
         """One expert by itself."""
-        return Expert(**{n: None if (t := getattr(self, n)) is None else t[index] for n in _TENSORS})
+        own: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[index] for n in _TENSORS}
+        return Expert(**own)
 
     @property
     def experts(self) -> int:
@@ -77,7 +78,7 @@ class ExpertBank:
     def keep_experts(self, kept: list[int]) -> ExpertBank:
         """The bank of some experts only, in the order given."""
         index = torch.tensor(kept, dtype=torch.int64)
-        changed = {n: None if (t := getattr(self, n)) is None else t[index] for n in _TENSORS}
+        changed: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t[index] for n in _TENSORS}
         return replace(self, **changed)
 
     def keep_neurons(self, kept: Tensor) -> ExpertBank:

@@ -131,7 +131,8 @@ class Coordinates:
 def own_copy(bank: ExpertBank) -> ExpertBank:
     """The same bank in tensors of its own, which may be changed."""
     names = ("gate", "up", "down", "gate_bias", "up_bias")
-    return replace(bank, **{n: None if (t := getattr(bank, n)) is None else t.clone() for n in names})
+    own: dict[str, Any] = {n: None if (t := getattr(bank, n)) is None else t.clone() for n in names}
+    return replace(bank, **own)
 
 
 def _blocks(bank: ExpertBank, routing: Routing, tokens: Tokens) -> tuple[ExpertBank, dict[str, Any]]:

@@ -49,7 +49,8 @@ def neuron_choice(bank: ExpertBank, inputs: Tensor, routing: Routing, width: int
 def weight_scores(bank: ExpertBank, expert: int) -> Tensor:
     """``||gate_p|| ||up_p|| ||down_p||`` of each neuron: all that is known without a token."""
     gate, up = bank.gate[expert].double().norm(dim=1), bank.up[expert].double().norm(dim=1)
-    return gate * up * bank.down[expert].double().norm(dim=0)
+    scores: Tensor = gate * up * bank.down[expert].double().norm(dim=0)
+    return scores
 
 
 def narrowed_by_weights(bank: ExpertBank, width: int) -> ExpertBank:

@@ -110,7 +110,7 @@ class Reduction:
                     block = self.network.mixture(module)
                     seen = list(self.stream.run(index, module, first, _Inputs))
                     first.finish()
-                    replacement = None
+                    reduced, replacement = None, None
                     if block is not None:
                         layer = self.layers[index]
                         route = Rerouter(block, self._router(), layer.experts)
@@ -127,7 +127,7 @@ class Reduction:
                     second.finish()
                 first.advance()
                 second.advance()
-                if block is not None:
+                if reduced is not None:
                     yield layer, reduced
             yield compare(self.network, self.windows, self.stream.batches, first, second, names)
 

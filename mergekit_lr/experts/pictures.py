@@ -44,7 +44,7 @@ def _figure(statistics: Statistics, layers: list[int], decision: Decision) -> An
 
     from mergekit_lr.experts.grouping import gram_distances, linkage_tree
 
-    figure = Figure(figsize=(3.2 * len(layers), 4.6), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(layers) + 0.6, 4.6))
     grid = figure.subplots(2, len(layers), squeeze=False, height_ratios=(1, 3))
     for column, index in enumerate(layers):
         cosine = statistics.mixture(index).cosine
@@ -61,5 +61,9 @@ def _figure(statistics: Statistics, layers: list[int], decision: Decision) -> An
         names = made.partition.new_index(len(order)) if made and small else []
         below.set_yticks(range(len(order)) if names else [], [f"{e}→{names[e]}" for e in order] if names else [],
                          fontsize=6)  # fmt: skip
-    figure.colorbar(image, ax=grid[1], shrink=0.6, label="mean cosine of outputs")
+    figure.subplots_adjust(
+        left=0.6 / figure.get_figwidth(), right=1 - 0.7 / figure.get_figwidth(), top=0.93, bottom=0.08
+    )
+    bar = figure.add_axes((1 - 0.6 / figure.get_figwidth(), 0.15, 0.12 / figure.get_figwidth(), 0.45))
+    figure.colorbar(image, cax=bar, label="mean cosine of outputs")
     return figure

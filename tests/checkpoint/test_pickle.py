@@ -351,8 +351,8 @@ def test_the_audit_hook_ends_what_slips_through(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from mergekit_lr.checkpoint.pickle import _confine
-_confine(Path(sys.argv[1]))
+from mergekit_lr.checkpoint.pickle import confine
+confine(Path(sys.argv[1]).stat().st_size)
 exec(sys.argv[2])
 """
     (tmp_path / "file").touch()

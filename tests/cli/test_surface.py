@@ -30,6 +30,10 @@ SURFACE = {
         *("MODEL", "OUT", "FILE", "--text", "--samples", "--sequence-length", "--grams", "--similarity-tokens"),
         *("--dtype", "--device", "--max-memory", "--seed", "--resume/--restart", "--overwrite", "--json", "--quiet -q"),
     ],
+    "barrier": [
+        *("RECIPE", "FILE", "--text", "--data", "--plot", "--points", "--activation", "--max-tokens", "--device"),
+        *("--json", "--quiet -q"),
+    ],
     "curvature": [
         *("CHECKPOINT", "OUT", "FILE", "--model", "--names", "--form", "--dtype", "--text", "--samples"),
         *("--sequence-length", "--labels", "--seed", "--device", "--max-memory", "--overwrite", "--json", "--quiet -q"),

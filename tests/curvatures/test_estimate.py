@@ -129,4 +129,4 @@ def test_plots(recipe: dict[str, Any], tmp_path: Path) -> None:
 
 def test_only_recipes_that_weigh_by_curvature() -> None:
     with pytest.raises(RecipeError, match="does not weigh by curvature"):
-        mergekit_lr.curvature_report({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}]})
+        mergekit_lr.curvature_report({"merge_method": "karcher", "models": [{"model": "a"}]})

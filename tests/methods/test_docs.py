@@ -11,7 +11,7 @@ from mergekit_lr.registry import builtin_methods
 from .parameter_tables import DOCS, END, START, pages, renewed
 
 METHODS = builtin_methods()
-SECTIONS = ["## Formula", "## Parameters", "## Degenerate cases", "## Against the paper and mergekit", "## Cost"]
+SECTIONS = ["## Formula", "## Parameters", "## Degenerate cases", "## Against the paper", "## Cost"]
 
 
 @pytest.mark.parametrize("path", pages(), ids=lambda p: p.name)

@@ -65,6 +65,7 @@ def accepts(s: dict[str, Any], v: Any) -> bool:
         "additionalProperties": lambda x: x or not isinstance(v, dict) or set(v) <= set(s["properties"]),
         "items": lambda x: not isinstance(v, list) or all(accepts(x, i) for i in v),
         "minItems": lambda x: not isinstance(v, list) or len(v) >= x,
+        "pattern": lambda x: not isinstance(v, str) or re.search(x, v) is not None,
         "minLength": lambda x: not isinstance(v, str) or len(v) >= x,
         "minimum": lambda x: not is_type(v, "number") or v >= x,
         "maximum": lambda x: not is_type(v, "number") or v <= x,

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mergekit_lr import registry
 from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.cli_text import method_lines, table_lines
+from mergekit_lr.cli.text import method_lines, table_lines
 from mergekit_lr.errors import RecipeError
 from mergekit_lr.method import Base, Method, Parameters, Source, parameter
 from mergekit_lr.recipe import load_recipe

@@ -1,4 +1,4 @@
-"""The commands about curvature; imported by `mergekit_lr.cli`, which they register with."""
+"""Commands about curvature."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergekit_lr.cli import Device, Json, MaxMemory, Quiet, RecipePath, command, print_json, say
+from mergekit_lr.cli.app import Device, Json, MaxMemory, Quiet, RecipePath, command, print_json, say
 
 
 @command

@@ -1,0 +1,163 @@
+"""Commands that carry out a recipe, or look at one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergekit_lr.cli.app import (
+    AllowPickle,
+    Device,
+    Json,
+    MaxMemory,
+    Quiet,
+    RecipePath,
+    ShardSize,
+    Threads,
+    command,
+    print_json,
+    say,
+)
+
+
+@command
+def merge(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
+    ] = False,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge the models of RECIPE into the folder OUT."""
+    import mergekit_lr
+    from mergekit_lr.progress import show_progress
+    from mergekit_lr.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    if not quiet:
+        for line in loaded.warnings:
+            say(f"warning: {line}")
+    with show_progress(quiet) as progress:
+        result = mergekit_lr.merge(
+            loaded,
+            out,
+            device=device,
+            max_memory=max_memory,
+            threads=threads,
+            shard_size=shard_size,
+            resume=resume,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    if not quiet:
+        for line in result.report.get("warnings", []):
+            if line not in loaded.warnings:
+                say(f"warning: {line}")
+    if as_json:
+        print_json({"out": str(result.out), **result.report})
+    else:
+        print(result.out)
+
+
+@command
+def recover(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.", show_default=False)],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Name of one of its tasks.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The base model, if the bundle does not hold it and it was moved."),
+    ] = None,
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one task of BUNDLE as a model into the folder OUT."""
+    import mergekit_lr
+    from mergekit_lr.progress import show_progress
+
+    with show_progress(quiet) as progress:
+        result = mergekit_lr.recover(
+            bundle,
+            task,
+            out,
+            base=base,
+            device=device,
+            max_memory=max_memory,
+            threads=threads,
+            shard_size=shard_size,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if not quiet:
+        for line in result.report.get("warnings", []):
+            say(f"warning: {line}")
+    if as_json:
+        print_json({"out": str(result.out), **result.report})
+    else:
+        print(result.out)
+
+
+@command
+def plan(
+    recipe: RecipePath,
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    shard_size: ShardSize = "5GB",
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a merge would read, write and hold in memory. Reads no weights."""
+    import mergekit_lr
+
+    result = mergekit_lr.plan(
+        recipe,
+        device=device,
+        max_memory=max_memory,
+        threads=threads,
+        shard_size=shard_size,
+        allow_pickle=allow_pickle,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print("\n".join(result.summary_lines()))
+
+
+@command
+def check(recipe: RecipePath, as_json: Json = False) -> None:
+    """Check RECIPE alone: every mistake, with line and column. Opens no model."""
+    from mergekit_lr.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    if as_json:
+        print_json({"recipe": loaded.canonical(), "digest": loaded.digest(), "warnings": list(loaded.warnings)})
+        return
+    for line in loaded.warnings:
+        say(f"warning: {line}")
+    count = len(loaded.input_models())
+    print(f"{recipe}: ok, {loaded.merge_method} of {count} model{'s' if count != 1 else ''}")
