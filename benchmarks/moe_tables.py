@@ -70,7 +70,7 @@ def table(found: dict[str, Any], model: str, reduction: float) -> str:
 
 
 def targets(found: dict[str, Any]) -> str:
-    """The numbers that the issue asks for."""
+    """Ours beside the peers that it is measured against."""
     head = ["model", "reduction", "best of ours", "REAP", "Sub-MoE (best stock router)", "ours / REAP",
             "ours / Sub-MoE", "neuron_select", "best peer with fewer experts", "best with refit"]  # fmt: skip
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
