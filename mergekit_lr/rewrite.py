@@ -9,7 +9,7 @@ The engine still does everything else: reading, slicing, dtypes, journal, resume
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -148,11 +148,3 @@ def model_order(recipe: Recipe) -> list[str]:
     """Every model of a recipe by name, the one that config and tokenizer come from first."""
     names = [str(recipe.config_source), *(str(r) for r in recipe.references())]
     return list(dict.fromkeys(names))
-
-
-def kept(model: int, checkpoint: Checkpoint, names: Sequence[str], rule: str) -> list[Sink]:
-    """Tensors that are written as they are, byte for byte."""
-    from mergekit_lr.graph.nodes import Sink, Source
-
-    found = [checkpoint.tensors[n] for n in names]
-    return [Sink(t.name, t.dtype, t.shape, Source(model, t.name), rule) for t in found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mergekit_lr.graph.nodes import Result, Sink, Source, Task
 from mergekit_lr.method import Base
 from mergekit_lr.method import Source as Paper
 from mergekit_lr.recipe import Recipe
-from mergekit_lr.rewrite import Desk, Outline, Preparation, Rewrite, kept, model_order
+from mergekit_lr.rewrite import Desk, Outline, Preparation, Rewrite, model_order
 
 FORGET = False
 
@@ -83,3 +83,9 @@ def registered(patch: Callable[[Any, str, Any], None]) -> None:
 
     found = registry._by_file_name
     patch(registry, "_by_file_name", lambda name: Halves() if name == "halves" else found(name))
+
+
+def kept(model: int, checkpoint: Checkpoint, names: Sequence[str], rule: str) -> list[Sink]:
+    """Tensors that are written as they are, byte for byte."""
+    found = [checkpoint.tensors[n] for n in names]
+    return [Sink(t.name, t.dtype, t.shape, Source(model, t.name), rule) for t in found]
