@@ -97,6 +97,11 @@ class Desk(Protocol):
         """
         ...
 
+    def room(self, index: int, start: int, stop: int) -> Tensor:
+        """Elements ``start .. stop`` to fill and then give to `write`, in the output's dtype: its own place in memory
+        where it has one, so that nothing is copied."""
+        ...
+
     def write(self, index: int, tensor: Tensor, start: int = 0) -> None:
         """Elements of output ``index`` from ``start`` on, cast once to its dtype. Ascending, without a hole."""
         ...

@@ -43,6 +43,9 @@ class CheckedDesk:
             self._next[index] += raw.numel()
         return raw.to(torch.float32 if dtype is None else dtype)
 
+    def room(self, index: int, start: int, stop: int) -> Tensor:
+        return self._desk.room(index, start, stop)
+
     def write(self, index: int, tensor: Tensor, start: int = 0) -> None:
         self._desk.write(index, tensor, start)
 

@@ -7,6 +7,7 @@ the tensor's shape, so padding is never taken for elements.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,6 @@ from mergekit_lr.bundle.codes import Code, steps
 from mergekit_lr.bundle.manifest import Recovered
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.lazy import torch
-from mergekit_lr.method import GRID
 from mergekit_lr.rewrite import Desk
 
 if TYPE_CHECKING:
@@ -48,22 +48,33 @@ def _table(dtype: torch.dtype, factor: float, device: str) -> Tensor:
     return (torch.from_numpy(every).to(torch.float32) * factor).to(dtype).to(device)
 
 
-def spread(packed: Tensor, elements: int, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
-    """A packed mask as ``factor`` and 0 in a floating dtype: ``[n]``.
+def spread(
+    packed: Tensor, elements: int, dtype: torch.dtype, factor: float = 1.0, *, scratch: Tensor | None = None
+) -> Tensor:
+    """A packed mask as ``factor`` and 0 in a floating dtype (-1 and 0 for ``factor`` -1 in an integer one): ``[n]``.
 
     Eight elements at a time from a table that stays in a core's first cache: several times faster than unpacking
-    bits and converting them.
+    bits and converting them. ``scratch``, of the same dtype and at least n rounded up to 8 long, is written where
+    it can be: fresh memory costs more than the work.
     """
     table = _table(dtype, factor, str(packed.device))
     if host.through_numpy(packed) and dtype.itemsize == 2:
         rows = table.view(torch.int16).numpy().view(np.complex128).reshape(-1)  # a row of 8 is 16 bytes
-        wide = rows[packed.numpy().astype(np.intp)].view(np.int16)
-        return torch.from_numpy(wide).view(dtype)[:elements]
+        wide = torch.empty(8 * packed.numel(), dtype=dtype) if scratch is None else scratch[: 8 * packed.numel()]
+        # "clip" writes straight into `out`; a byte is never outside the table.
+        np.take(rows, packed.numpy(), out=wide.view(torch.int16).numpy().view(np.complex128), mode="clip")
+        return wide[:elements]
     return torch.nn.functional.embedding(packed.int(), table).reshape(-1)[:elements]
 
 
 def masked_sum(
-    base: Tensor, vector: Tensor, packed: Tensor, factor: float = 1.0, *, out: Tensor | None = None
+    base: Tensor,
+    vector: Tensor,
+    packed: Tensor,
+    factor: float = 1.0,
+    *,
+    out: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     r"""``base + factor * m * vector`` for a packed mask m, in the dtype of ``base`` and ``vector`` (equal).
 
@@ -71,7 +82,8 @@ def masked_sum(
     exact in fp32, so it does not matter whether a device fuses it with the addition.
     """
     half = base.dtype in (torch.bfloat16, torch.float16)
-    chosen = spread(packed, base.numel(), base.dtype if half else torch.float32, factor if half else 1.0)
+    wide = base.dtype if half else torch.float32
+    chosen = spread(packed, base.numel(), wide, factor if half else 1.0, scratch=scratch)
     if base.dtype == torch.bfloat16:
         # One operation that widens to fp32 inside: three passes over the piece less than the literal form.
         return torch.addcmul(base, vector, chosen, out=out)
@@ -80,6 +92,11 @@ def masked_sum(
         moved.mul_(factor)
     moved.add_(base.to(torch.float32))
     return moved.to(base.dtype) if out is None else out.copy_(moved)
+
+
+def mask_scratch(runs: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    """Room for the widest of the masks that `spread` makes of some runs of elements."""
+    return torch.empty(8 * packed_bytes(max(b - a for a, b in runs)), dtype=dtype)
 
 
 class Masked(Code):
@@ -97,18 +114,10 @@ class Masked(Code):
         if len(wanted.parts) > 3:
             factor = float(desk.read(3)[wanted.call["row"], 1])
         dtype = torch_dtype(wanted.dtype)
-        for a, b in steps(desk, start, wanted.numel if stop is None else stop):
+        runs = steps(desk, start, wanted.numel if stop is None else stop)
+        scratch = mask_scratch(runs, dtype)
+        for a, b in runs:
             base, vector = (desk.read(i, a, b, dtype=dtype) for i in (0, 1))
             packed = desk.read(2, a // 8, packed_bytes(b), dtype=torch.uint8)
-            desk.write(0, _by_pieces(base, vector, packed, factor), a)
-
-
-def _by_pieces(base: Tensor, vector: Tensor, packed: Tensor, factor: float) -> Tensor:
-    """`masked_sum`, on a CPU a piece at a time, so that what is in between stays in the core's cache."""
-    if base.device.type != "cpu":
-        return masked_sum(base, vector, packed, factor)
-    out = torch.empty_like(base)
-    for s in range(0, base.numel(), GRID):
-        e = s + GRID
-        masked_sum(base[s:e], vector[s:e], packed[s // 8 : e // 8], factor, out=out[s:e])
-    return out
+            out = masked_sum(base, vector, packed, factor, out=desk.room(0, a, b), scratch=scratch)
+            desk.write(0, out, a)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.bundle.codes import Code, steps
 from mergekit_lr.bundle.manifest import Recovered
-from mergekit_lr.bundle.masks import pack, packed_bytes, unpack
+from mergekit_lr.bundle.masks import mask_scratch, pack, packed_bytes, spread
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import GRID
@@ -106,15 +106,19 @@ class Select(Code):
 
     def decode(self, wanted: Recovered, desk: Desk, start: int = 0, stop: int | None = None) -> None:
         dtype = torch_dtype(wanted.dtype)
-        for a, b in steps(desk, start, wanted.numel if stop is None else stop):
-            low, high = (desk.read(i, a, b, dtype=dtype) for i in (0, 1))
+        kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        runs = steps(desk, start, wanted.numel if stop is None else stop)
+        scratch = mask_scratch(runs, kind)
+        for a, b in runs:
+            low, high = (desk.read(i, a, b, dtype=dtype).view(kind) for i in (0, 1))
             packed = desk.read(2, a // 8, packed_bytes(b), dtype=torch.uint8)
-            desk.write(0, _chosen(low, high, packed), a)
+            out = desk.room(0, a, b)
+            chosen_bits(low, high, packed, out.view(kind), scratch)
+            desk.write(0, out, a)
 
 
-def _chosen(low: Tensor, high: Tensor, packed: Tensor) -> Tensor:
-    """By masking bits, which is several times faster than a choice: ``low ^ ((low ^ high) & -bit)``."""
-    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[low.dtype.itemsize]
-    bits = unpack(packed, low.numel()).to(low.device).to(kind).neg_()
-    x = low.view(kind)
-    return torch.bitwise_xor(x, bits.bitwise_and_(x ^ high.view(kind))).view(low.dtype)
+def chosen_bits(low: Tensor, high: Tensor, packed: Tensor, out: Tensor, scratch: Tensor) -> None:
+    """``out = low ^ ((low ^ high) & -bit)`` on integer views: several times faster than a choice."""
+    bits = spread(packed, low.numel(), low.dtype, -1.0, scratch=scratch)
+    torch.bitwise_xor(low, high, out=out)
+    torch.bitwise_xor(out.bitwise_and_(bits), low, out=out)

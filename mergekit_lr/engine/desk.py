@@ -64,6 +64,9 @@ class TaskDesk:
             self._spoilt(None, math.nan)
         return value.reshape(shape) if whole else value
 
+    def room(self, index: int, start: int, stop: int) -> Tensor:
+        return torch.empty(stop - start, dtype=torch_dtype(self._outputs[index].dtype), device=self.device)
+
     def write(self, index: int, tensor: Tensor, start: int = 0) -> None:
         out = self._outputs[index]
         if start != out.written:
