@@ -191,8 +191,9 @@ class Declared(ABC):
     Class attributes: ``name`` (as recipes say it), ``summary`` (one line), ``source``, ``base``, ``min_models``
     and ``max_models`` (counted without a base that is only a reference), ``commutes`` (the order of models does
     not matter), ``stochastic``, ``settings`` (keys of a recipe that only some methods use, and this one does:
-    ``calibration``, ``names``, ``permutations``) and ``required_settings`` (those it cannot do without), ``Merge`` and
-    ``PerModel`` (parameter models).
+    ``calibration``, ``names``, ``permutations``) and ``required_settings`` (those it cannot do without),
+    ``followed_by`` (the parameter that may name a method to run afterwards, whose parameters stand beside this one's
+    own), ``Merge`` and ``PerModel`` (parameter models).
 
     A concrete method is a `Method` (one function on pieces of one tensor of every model) or a
     `mergekit_lr.rewrite.Rewrite` (it decides itself which tensors the output has).
@@ -208,6 +209,7 @@ class Declared(ABC):
     stochastic: ClassVar[bool] = False
     settings: ClassVar[frozenset[str]] = frozenset()
     required_settings: ClassVar[frozenset[str]] = frozenset()
+    followed_by: ClassVar[str | None] = None
 
     class Merge(Parameters):
         """Parameters of the whole merge."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from mergekit_lr.arch.layers import positions
 from mergekit_lr.checkpoint.dtypes import AVERAGED, RECIPE_DTYPES
 from mergekit_lr.checkpoint.model import Checkpoint, open_file
 from mergekit_lr.errors import RecipeError
@@ -41,6 +42,7 @@ class WeightMatching(Rewrite):
     prepares = True
     aligns_tokens = True
     settings = frozenset({"permutations", "calibration"})
+    followed_by = "then"
 
     class Merge(Parameters):
         t: float = parameter(default=0.5, ge=0, le=1, description="place between two models: 0 is the first")
@@ -54,13 +56,10 @@ class WeightMatching(Rewrite):
         activation: Literal["relu", "gelu", "silu", "tanh"] = parameter(
             default="relu", description="between the layers of a perceptron without config"
         )
-        then: str | None = parameter(default=None, description="method applied to the aligned models instead of t")
-        lambda_: float | None = parameter(default=None, alias="lambda", description="`lambda` of the method in `then`")
-        normalize: bool | None = parameter(default=None, description="`normalize` of the method in `then`")
-
-    class PerModel(Parameters):
-        weight: float | None = parameter(default=None, description="`weight` of the method in `then`")
-        density: float | None = parameter(default=None, description="`density` of the method in `then`")
+        then: str | None = parameter(
+            default=None,
+            description="method applied to the aligned models instead of t; its parameters stand beside these",
+        )
 
     def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
         found = after.problems(merge, models)
@@ -78,7 +77,7 @@ class WeightMatching(Rewrite):
             return
         order = after.aligned_order(work.recipe)
         models = [work.inputs[m] for m in order]
-        merge: Any = work.recipe.resolve("", 0.0)[0]
+        merge = after.settings(work.recipe, list(models[0].tensors))
         spec, members, report = align.align(
             models,
             work.recipe.permutations,
@@ -124,6 +123,8 @@ class WeightMatching(Rewrite):
         models = [inputs[m] for m in order]
         spec = align.spec_of(recipe.permutations, models[0])
         align.check_inputs(spec, models)
+        after.settings(recipe, list(models[0].tensors))
+        at = positions(models[0].tensors)
         report: dict[str, Any] = {"uses": {}, "models": []}
         names, extra = list(order), {}
         if prepared is not None:
@@ -146,7 +147,7 @@ class WeightMatching(Rewrite):
             keys = list(dict.fromkeys(key for _, _, key in moves))
             sources += [Tensor(len(models), key) for key in keys]
             placed = tuple((i, axis, first + keys.index(key)) for i, axis, key in moves)
-            call = (placed, after.call(recipe, name, order))
+            call = (placed, after.call(recipe, name, at[name], order))
             size = 4 * info.numel
             tasks.append(Task(self.name, name, tuple(sources), call, fixed=size * (2 * len(models) + 4)))
             dtype = RECIPE_DTYPES[out_dtype] if out_dtype else info.dtype
@@ -169,5 +170,3 @@ class WeightMatching(Rewrite):
         for i, axis, code in moves:
             models[i] = decoded(models[i], axis, desk.read(code, dtype=torch.int32), models[0])
         desk.write(0, how.merged(models, task.key))
-
-

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from mergekit_lr.arch.layers import positions
 from mergekit_lr.errors import RecipeError
-from mergekit_lr.method import Base, Call, Method
+from mergekit_lr.method import Base, Call, Method, Parameters
 from mergekit_lr.pieces import apply
+from mergekit_lr.recipe.fields import parameter_fields
+from mergekit_lr.recipe.parameters import Gradient
 from mergekit_lr.registry import get_method
 
 if TYPE_CHECKING:
@@ -17,8 +21,6 @@ if TYPE_CHECKING:
 
     from mergekit_lr.recipe import Recipe
 
-PASSED_ON = ("lambda_", "normalize")
-PASSED_ON_OF_MODELS = ("weight", "density")
 Pairs = tuple[tuple[str, Any], ...]
 
 
@@ -81,15 +83,41 @@ class How:
         return first + total / len(inputs)
 
 
-def call(recipe: Recipe, name: str, order: list[str]) -> How:
-    """`How` for one tensor of a recipe."""
-    resolved, per_model = recipe.resolve(name, 0.0)
+def settings(recipe: Recipe, names: Sequence[str], varying: Collection[str] = ("t", "then")) -> Any:
+    """The method's own parameters that hold for the whole merge, resolved at the first of the tensors ``names``.
+
+    Raises:
+        RecipeError: one that is not among ``varying`` is given by filters or as a gradient.
+    """
+    own = type(get_method(recipe.merge_method)).Merge
+    for name in parameter_fields(own):
+        chain = recipe.groups[0].table.merge.get(name, ())
+        if name not in varying and any(r.filter is not None or isinstance(r.value, Gradient) for r in chain):
+            raise RecipeError(
+                f"{name} cannot differ between tensors",
+                where=chain[0].where or str(recipe.origin or "recipe"),
+                why=f"{recipe.merge_method} aligns whole models",
+                fix="give it one value",
+            )
+    return recipe.resolve(names[0], positions(names)[names[0]])[0]
+
+
+def call(recipe: Recipe, name: str, place: float, order: list[str]) -> How:
+    """`How` for one tensor of a recipe, at ``place`` (0..1) between the first layer and the last."""
+    resolved, per_model = recipe.resolve(name, place)
     merge: Any = resolved
-    if merge.then is not None and recipe.base_model is not None and get_method(merge.then).base is Base.OPERAND:
+    needs = get_method(merge.then).base if merge.then is not None else None
+    if needs is Base.OPERAND and recipe.base_model is not None:
         raise RecipeError(
             f"{merge.then} takes the base as one of its models and cannot follow an alignment to it",
             where=str(recipe.origin or "recipe"),
             fix="leave base_model out: the first model is then the one that the others are aligned to",
+        )
+    if needs is Base.REQUIRED and recipe.base_model is None:
+        raise RecipeError(
+            f"{merge.then} needs a base_model, which deltas are taken from",
+            where=str(recipe.origin or "recipe"),
+            fix="name the model that the others are aligned to as base_model",
         )
     inputs = [str(m.reference) for m in recipe.input_models()]
     return How(
@@ -97,44 +125,40 @@ def call(recipe: Recipe, name: str, order: list[str]) -> How:
         base=recipe.base_model is not None,
         t=merge.t,
         then=merge.then,
-        merge=_passed_on(merge),
-        per_model=tuple(_given(m, PASSED_ON_OF_MODELS) for m in per_model),
+        merge=() if merge.then is None else _own(get_method(merge.then).Merge, merge),
+        per_model=tuple(() if merge.then is None else _own(get_method(merge.then).PerModel, m) for m in per_model),
         seed=recipe.seed,
         keys=tuple(inputs),
     )
 
 
-def _passed_on(merge: Any) -> Pairs:
-    """What of the `Merge` parameters goes to ``then``; ``t`` too where it has one."""
-    takes_t = merge.then is not None and "t" in get_method(merge.then).Merge.model_fields
-    return (*_given(merge, PASSED_ON), *((("t", merge.t),) if takes_t else ()))
-
-
-def _given(parameters: Any, names: tuple[str, ...]) -> Pairs:
-    values = ((n.rstrip("_"), getattr(parameters, n)) for n in names)
-    return tuple((n, v) for n, v in values if v is not None)
+def _own(kind: type[Parameters], resolved: Any) -> Pairs:
+    """Of resolved parameters those that the method in ``then`` takes, by the names that recipes use."""
+    return tuple((name, getattr(resolved, f.attribute)) for name, f in parameter_fields(kind).items())
 
 
 def problems(merge: Any, models: tuple[Any, ...]) -> list[str]:
-    """What is wrong with ``then`` and the parameters that are passed on to it."""
-    given = dict(_given(merge, PASSED_ON))
-    own = [dict(_given(m, PASSED_ON_OF_MODELS)) for m in models]
+    """What is wrong with ``then``, and what the method it names says of its own parameters."""
     if merge.then is None:
-        unused = sorted({*given, *(k for m in own for k in m)})
-        return [f"{unused[0]} belongs to the method in `then`, and there is none"] if unused else []
+        return []
     try:
         method = get_method(merge.then)
     except RecipeError as e:
         return [f"then: {e}"]
     if not isinstance(method, Method):
         return [f"then: {merge.then} lays out its own output and cannot follow an alignment"]
+    if method.companion is not None:
+        return [
+            f"then: {merge.then} reads a file beside each model's weights ({method.companion.parameter}), which was "
+            "made before the alignment and does not fit after it"
+        ]
     try:
-        merged = method.Merge.model_validate(dict(_passed_on(merge)))
-        resolved = tuple(method.PerModel.model_validate(m) for m in own)
+        merged = method.Merge.model_validate(dict(_own(method.Merge, merge)))
+        resolved = tuple(method.PerModel.model_validate(dict(_own(method.PerModel, m))) for m in models)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        return [f"then: {merge.then} does not take {where}: {first['msg']}"]
+        return [f"then: {merge.then}: {where}: {first['msg']}"]
     empty = Call(name="", shape=(0,), merge=merged, models=resolved, has_base=method.base is Base.REQUIRED)
     if method.model_statistics([empty]) is not None:
         return [f"then: {merge.then} needs statistics of the whole model and cannot follow an alignment"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mergekit_lr.method import Base, Declared, Parameters
+from mergekit_lr.method import Base, Declared, Method, Parameters
 from mergekit_lr.recipe.calibration import MAX_LENGTH, MAX_SAMPLES, Calibration
 from mergekit_lr.recipe.catalogue import plugins, value_schema
 from mergekit_lr.recipe.entries import MAX_SLICES, MODEL_NAME
@@ -148,8 +148,12 @@ def _slice(reference: dict[str, Any], parameters: dict[str, Any]) -> dict[str, A
 
 def _case(method: Declared) -> dict[str, Any]:
     """What holds if ``merge_method`` is this method."""
-    per_model = _parameters(method.PerModel)
-    every = {**per_model, **_parameters(method.Merge)}
+    per_model, own = _parameters(method.PerModel), _parameters(method.Merge)
+    if method.followed_by:  # whatever may follow: which one does, and what it takes, only `load_recipe` checks
+        others = [m for m in builtin_methods().values() if isinstance(m, Method)]
+        per_model = _either([per_model, *(_parameters(m.PerModel) for m in others)])
+        own = {**_either([_parameters(m.Merge) for m in others]), **own}
+    every = {**per_model, **own}
     sources = {"items": {"properties": {"parameters": _object(per_model)}}}
     then: dict[str, Any] = {
         "properties": {
@@ -169,6 +173,19 @@ def _case(method: Declared) -> dict[str, Any]:
     if whole:
         then["anyOf"] = [whole, {"required": ["slices"]}]
     return {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": then}
+
+
+def _either(tables: list[dict[str, Any]]) -> dict[str, Any]:
+    """Parameters of several methods: one of the schemas that they have for a name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, one in ((n, p) for table in tables for n, p in table.items()):
+        known = found.setdefault(name, [])
+        if all(one["anyOf"] != k["anyOf"] for k in known):
+            known.append(one)
+    return {
+        n: {"description": many[0]["description"], "anyOf": [a for one in many for a in one["anyOf"]]}
+        for n, many in found.items()
+    }
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from mergekit_lr.method import Declared
 from mergekit_lr.recipe.calibration import Calibration, read_calibration
 from mergekit_lr.recipe.entries import EntryReader, ListedModel, ListedSlice, model_entry, slice_entry
 from mergekit_lr.recipe.fields import ParameterField, parameter_fields
+from mergekit_lr.recipe.followed import with_followers
 from mergekit_lr.recipe.parameters import Scope
 from mergekit_lr.recipe.problems import Problems, nearest, shown
 from mergekit_lr.recipe.schema import DTYPES, NONFINITE, Recipe
@@ -213,7 +214,8 @@ class _Walk:
             self.problems.add(node.mark, "merge_method", "must be the name of a method", known(""))
             return None
         try:
-            return get_method(node.value)
+            parameters = self.entries.get("parameters")
+            return with_followers(get_method(node.value), parameters.value if parameters else None)
         except RecipeError as e:
             what = f"there is no method {shown(node.value)}" if e.what.startswith("there is no") else str(e)
             self.problems.add(node.mark, "merge_method", what, known(node.value))

@@ -40,13 +40,17 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 @dataclass
 class Example:
-    """A model: its tensors as on disk, and its outputs as a function of such tensors."""
+    """A model: its tensors as on disk, and its outputs as a function of such tensors.
+
+    ``loaded``: what transformers gives for a folder with such tensors, in a dtype of choice.
+    """
 
     name: str
     tensors: Tensors
     outputs: Callable[[Tensors], Tensor]
     config: dict[str, Any] | None = None
     permutations: str = "auto"
+    loaded: Callable[[Tensors, torch.dtype], Tensor] | None = None
 
     def sample_groups(self, spec: SymmetrySpec) -> list[str]:
         """One group of each kind: numbers in names left out of account; only those with something to move."""
@@ -87,10 +91,14 @@ def of_transformers(name: str, model: Any, inputs: dict[str, Tensor], permutatio
         randomised(model).save_pretrained(folder)
         tensors = load_file(f"{folder}/model.safetensors")
 
-    def outputs(tensors: Tensors) -> Tensor:
-        return logits(kind, model.config, tensors, inputs, torch.float64)
+    def loaded(tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        own = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+        return logits(kind, model.config, tensors, own, dtype)
 
-    return Example(name, tensors, outputs, config, permutations)
+    def outputs(tensors: Tensors) -> Tensor:
+        return loaded(tensors, torch.float64)
+
+    return Example(name, tensors, outputs, config, permutations, loaded)
 
 
 def logits(kind: Any, config: Any, tensors: Tensors, inputs: dict[str, Tensor], dtype: torch.dtype) -> Tensor:

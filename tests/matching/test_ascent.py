@@ -59,6 +59,20 @@ def test_a_model_and_itself_stay_as_they_are(name: str) -> None:
     assert found.history == ()
 
 
+def test_dead_and_duplicate_neurons_keep_their_place() -> None:
+    """Any order of them is as good; what one has must not depend on which was found first."""
+    example, spec = prepared("mlp")
+    b = {n: t.clone() for n, t in example.tensors.items()}
+    for dead in (1, 4):
+        b["0.weight"][dead], b["0.bias"][dead], b["2.weight"][:, dead] = 0.0, 0.0, 0.0
+    b["0.weight"][5], b["0.bias"][5], b["2.weight"][:, 5] = b["0.weight"][2], b["0.bias"][2], b["2.weight"][:, 2]
+    assert matched(spec, b, b, restarts=3).member.moved() == {}
+    swapped = apply_all(spec, identity(spec).with_group("hidden.0", torch.tensor([3, 1, 2, 0, 4, 5, 6])), b)
+    found = matched(spec, b, swapped, restarts=3)
+    assert found.member.moved() == {"hidden.0": 2}
+    assert all(torch.equal(t, b[n]) for n, t in apply_all(spec, found.member, swapped).items())
+
+
 def test_one_hidden_layer_is_solved_exactly() -> None:
     g = torch.Generator().manual_seed(2)
     shapes = {"a.0.weight": (5, 4), "a.0.bias": (5,), "a.1.weight": (3, 5)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import TOKENS, llama, logits
+from networks import FAMILIES, llama
 from safetensors.torch import load_file, save_file
 
 from mergekit_lr import barrier, merge, plan
@@ -16,10 +16,18 @@ from mergekit_lr.arch.spec import spec_for
 from mergekit_lr.errors import CheckpointError, LinalgError, RecipeError, UsageError
 from mergekit_lr.matching.barrier import barrier_height
 from mergekit_lr.matching.member import apply_all, random_member
+from mergekit_lr.pieces import apply
+from mergekit_lr.registry import get_method
 
 SHAPES = {"fc1.weight": (9, 6), "fc1.bias": (9,), "fc2.weight": (8, 9), "fc2.bias": (8,), "fc3.weight": (3, 8)}
 SPEC = spec_for("auto", SHAPES, None, "mlp")
 Tensors = dict[str, torch.Tensor]
+THROUGH = ("bert", "gpt2", "llama", "qwen3", "qwen3_moe", "t5", "vit")
+MORE_THROUGH = (
+    *("bert_classifier", "llama_untied", "mistral", "mixtral", "qwen2", "qwen2_moe", "roberta", "roberta_words"),
+    "t5_relu",
+)
+"""Every family of transformers that there is a spec for."""
 
 
 def weights(seed: int) -> Tensors:
@@ -102,13 +110,66 @@ def test_another_method_may_follow(pair, tmp_path) -> None:
     assert all(torch.allclose(found[n], x + 0.25, atol=1e-6) for n, x in tensors.items())
 
 
+def test_every_parameter_of_the_method_that_follows_reaches_it(tmp_path) -> None:
+    """By filter and by model too; against the same method on tensors that were aligned here."""
+    base = weights(0)
+    g = torch.Generator().manual_seed(1)
+    near = [{n: x + 0.1 * torch.randn(x.shape, generator=g) for n, x in base.items()} for _ in range(2)]
+    files = [
+        write(tmp_path / f"{i}.safetensors", apply_all(SPEC, random_member(SPEC, 5 + i), t)) for i, t in enumerate(near)
+    ]
+    density = [{"filter": "fc2", "value": 0.3}, {"value": 0.7}]
+    said = recipe(*files, base_model=write(tmp_path / "base.safetensors", base))
+    said["models"][0]["parameters"] = {"weight": 0.6, "density": density}
+    said["models"][1]["parameters"] = {"weight": 0.5, "density": 0.4}
+    said["parameters"] = {"then": "dare_ties", "lambda": 0.8, "normalize": True, "rescale_by": "l1", "rescale": False}
+    merge(said, tmp_path / "out", device="cpu")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    keys = [str(m["model"]) for m in said["models"]]
+    given = {k: v for k, v in said["parameters"].items() if k != "then"}
+    for n, x in base.items():
+        models = [{"weight": 0.6, "density": 0.3 if "fc2" in n else 0.7}, {"weight": 0.5, "density": 0.4}]
+        tensors = [t[n] for t in near]
+        want = apply(get_method("dare_ties"), tensors, x, merge=given, models=models, name=n, keys=keys)
+        assert torch.equal(found[n], want)
+        plain = apply(get_method("dare_ties"), tensors, x, models=models, name=n, keys=keys)
+        assert not torch.equal(want, plain)
+
+
+def test_a_method_may_follow_on_some_tensors_only(pair, tmp_path) -> None:
+    a, _, tensors = pair
+    b = write(tmp_path / "c.safetensors", {n: 3 * x for n, x in tensors.items()})
+    then = [{"filter": "fc1", "value": "linear"}]
+    found, _ = run(tmp_path / "out", a, b, parameters={"then": then, "weight": [0.5], "normalize": False, "t": 0})
+    for n, x in tensors.items():
+        assert torch.allclose(found[n], 2 * x if "fc1" in n else x, atol=1e-6)
+
+
+def test_a_gradient_runs_over_the_layers(tmp_path) -> None:
+    example = llama(num_hidden_layers=3)
+    a = {n: t.float() for n, t in example.tensors.items()}
+    b = {n: t + 0.01 for n, t in a.items()}
+    paths = folder(tmp_path / "a", example.config, a), folder(tmp_path / "b", example.config, b)
+    found, _ = run(tmp_path / "out", *paths, parameters={"t": [0.0, 0.5, 1.0], "only": "kv.*"})
+    for n, x in found.items():
+        layer = int(n.split(".")[2]) if "layers" in n else 0
+        assert torch.allclose(x, a[n] + 0.005 * layer, atol=1e-6), n
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
         ({"then": "nope"}, "then"),
         ({"then": "weight_matching"}, "lays out its own output"),
-        ({"normalize": True}, "there is none"),
-        ({"then": "slerp", "normalize": True}, "does not take normalize"),
+        ({"normalize": True}, "normalize"),
+        ({"then": "slerp", "normalize": True}, "normalize"),
+        ({"then": "linear", "weight": 1, "normalize": "often"}, "normalize"),
+        ({"then": "linear"}, "weight"),
+        ({"then": "ties", "weight": 1}, "needs a base_model"),
+        ({"then": "ties", "weight": 1, "threshold_scope": "model"}, "statistics of the whole model"),
+        ({"then": "fisher", "curvature": "c.safetensors"}, "does not fit after it"),
+        ({"then": [{"filter": "fc1", "value": "linear"}, {"value": "nope"}], "weight": 1}, "then"),
+        ({"restarts": [{"filter": "fc1", "value": 2}, {"value": 3}]}, "cannot differ between tensors"),
         ({"data": "x.safetensors"}, "set cost"),
     ],
 )
@@ -179,25 +240,26 @@ def folder(path: Path, config: dict[str, Any], tensors: Tensors, vocabulary: dic
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", [*THROUGH, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_THROUGH)])
 def test_a_bf16_model_keeps_its_function_through_the_engine(name, tmp_path) -> None:
     """t = 1 writes B, permuted to lie near A: another model on disk, the same logits in transformers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    example = llama(name)
+    example = FAMILIES[name]()
+    assert example.loaded is not None
     half = {n: t.to(torch.bfloat16) for n, t in example.tensors.items()}
     config = {k: v for k, v in example.config.items() if k != "dtype"} | {"torch_dtype": "bfloat16"}
-    first = {n: torch.randn(t.shape, generator=torch.Generator().manual_seed(8)).bfloat16() for n, t in half.items()}
+    g = torch.Generator().manual_seed(8)
+    first = {n: torch.randn(t.shape, generator=g).bfloat16() for n, t in half.items()}
     a, b = folder(tmp_path / "a", config, first), folder(tmp_path / "b", config, half)
     out, report = run(tmp_path / "out", a, b, parameters={"t": 1.0})
-    assert len(report["details"]["models"][0]["moved"]) >= 5
-    built = AutoConfig.for_model(**example.config)
-    kind = type(AutoModelForCausalLM.from_config(built))
-    want, got = (logits(kind, built, t, TOKENS, torch.float32) for t in (half, out))
+    moved = report["details"]["models"][0]["moved"]
+    assert len(moved) >= 5
+    want, got = (example.loaded(t, torch.float32) for t in (half, out))
     assert all(t.dtype == torch.bfloat16 for t in out.values())
     assert (want - got).abs().max() <= 1e-3
-    broken = {**out, "model.layers.0.mlp.up_proj.weight": half["model.layers.0.mlp.up_proj.weight"]}
-    assert (want - logits(kind, built, broken, TOKENS, torch.float32)).abs().max() > 1e-2
+    changed = [n for n in out if half[n].ndim > 1 and not torch.equal(out[n], half[n])]
+    for left_out in (changed[0], max(changed, key=lambda n: half[n].numel()), changed[-1]):
+        broken = {**out, left_out: half[left_out]}
+        assert (want - example.loaded(broken, torch.float32)).abs().max() > 1e-2, left_out
 
 
 def test_tokens_are_matched_by_their_string(tmp_path) -> None:

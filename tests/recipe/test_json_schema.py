@@ -118,6 +118,10 @@ GOOD = [
     base(parameters=None, dtype=None, tokenizer_source="base", nonfinite="warn"),
     {"merge_method": "slerp", "base_model": "./a", "models": [{"model": "./b"}], "parameters": {"t": 0.3}},
     {"merge_method": "linear", "models": own()},
+    {
+        **{"merge_method": "weight_matching", "base_model": "./base", "models": own(density=[0.5, 0.3])},
+        "parameters": {"then": "dare_ties", "rescale_by": "l1", "normalize": True, "restarts": 2},
+    },
 ]
 BAD = [
     {},
@@ -139,6 +143,7 @@ BAD = [
     base(dtpye="float32"),
     base(dtype="float17"),
     base(base_model=None),
+    {"merge_method": "weight_matching", "models": own(densty=1), "parameters": {"then": "ties"}},
     base(models=own(densty=1)),
     base(models=own(density=1.5)),
     base(models=own(density=[0.5, 1.5])),
