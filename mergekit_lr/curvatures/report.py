@@ -176,7 +176,7 @@ def _tallies(plan: Plan, method: CurvatureWeighted, folder: Path) -> Iterator[tu
     from mergekit_lr.engine.execute import Looks, Worker
     from mergekit_lr.engine.job import Job
     from mergekit_lr.engine.journal import Journal
-    from mergekit_lr.engine.run import one_thread_each
+    from mergekit_lr.engine.portion import one_thread_each
     from mergekit_lr.pieces import drive
 
     job = Job(

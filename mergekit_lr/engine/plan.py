@@ -20,7 +20,6 @@ from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.engine.memory import Budget, make_budget
-from mergekit_lr.engine.output import inputs_counted
 from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
 from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
@@ -318,14 +317,6 @@ def _contradictions(config: bytes | None, graph: MergeGraph) -> list[str]:
         return []
     tensors = {s.name: TensorInfo(s.name, s.dtype, s.shape, 0, nbytes_of(s)) for s in graph.sinks}
     return config_problems(json.loads(config), tensors)
-
-
-def bytes_of(plan: Plan) -> int:
-    """Bytes that a run reads and writes at least, as its progress counts them."""
-    total = 0
-    for sink in plan.graph.sinks:
-        total += nbytes_of(sink) * (1 + inputs_counted(plan.graph, sink))
-    return total
 
 
 def _kind(recipe: Recipe) -> Kind:

@@ -20,8 +20,8 @@ from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.checkpoint.writer import write_safetensors
 from mergekit_lr.engine.memory import available_cpus, default_limit
 from mergekit_lr.engine.plan import choose_device
+from mergekit_lr.engine.portion import one_thread_each
 from mergekit_lr.engine.progress import Progress, ProgressEvent
-from mergekit_lr.engine.run import one_thread_each
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import CheckpointError, NonFiniteError, ResourceError, UsageError, join_problems
 from mergekit_lr.lowrank.adapters import read_whole

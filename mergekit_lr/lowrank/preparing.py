@@ -17,7 +17,7 @@ from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.writer import write_safetensors
-from mergekit_lr.engine.run import one_thread_each
+from mergekit_lr.engine.portion import one_thread_each
 from mergekit_lr.errors import ResourceError
 from mergekit_lr.lowrank.adapters import read_whole
 from mergekit_lr.lowrank.extraction import same_tensor

@@ -258,14 +258,14 @@ def test_output_is_refused_where_it_would_hurt(three, tmp_path):
 def test_inputs_that_change_during_the_run_are_noticed(three, tmp_path, monkeypatch):
     from mergekit_lr.engine import run
 
-    original = run._drain
+    original = run.drain
 
     def touching(*args: Any) -> None:
         original(*args)
         path = three[0] / "model.safetensors"
         path.write_bytes(path.read_bytes())
 
-    monkeypatch.setattr(run, "_drain", touching)
+    monkeypatch.setattr(run, "drain", touching)
     with pytest.raises(CheckpointError, match="changed during the run"):
         merge(linear(*three[:2]), tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
