@@ -37,7 +37,16 @@ from mergekit_lr.statistics import Values, piece_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Cut", "ModelCut", "Want", "count_to_keep", "magnitude_bits", "select", "select_model_wide"]
+__all__ = [
+    "Cut",
+    "ModelCut",
+    "Want",
+    "count_to_keep",
+    "magnitude_bits",
+    "order_statistics",
+    "select",
+    "select_model_wide",
+]
 
 SMALL = 1 << 20  # up to this many elements everything is collected: a sample would have few places
 MOST_COLLECTED = 1 << 22  # entries of one stream that may be collected: 16 MiB
@@ -165,6 +174,15 @@ def _by_histogram(values: Values, wants: list[Want]) -> Generator[Pass[Any, Any]
     counted = yield Count(values, brackets)
     found = [_from_counts(b, *c) for b, c in zip(brackets, counted, strict=True)]
     return [f for f in found if f is not None]
+
+
+def order_statistics(values: Values, ranks: list[int]) -> Generator[Pass[Any, Any], Any, list[float]]:
+    """The magnitudes of the first stream that are the 1st, 2nd, ... largest, for each of ``ranks`` from 1.
+
+    Two looks, whatever the pieces: unlike `select` it places no ties, so pieces need not start on the grid.
+    """
+    found = yield from _by_histogram(values, [Want(0, r) for r in ranks])
+    return [float(np.int32(f.threshold).view(np.float32)) for f in found]
 
 
 def _thresholds(values: Values, wants: list[Want], numel: int) -> Generator[Pass[Any, Any], Any, list[_Found]]:

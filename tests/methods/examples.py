@@ -24,6 +24,7 @@ CURVED = [{"curvature": "a"}, {"curvature": "b", "weight": 2.0}, {"curvature": "
 STATISTICS = [{"statistics": "a"}, {"statistics": "b", "weight": 2.0}, {"statistics": "c"}]
 
 EXAMPLES: dict[str, list[Example]] = {
+    "arcee_fusion": [({}, NONE)],
     "breadcrumbs": [({}, [{**d, "gamma": 0.1} for d in DENSITIES]), ({"rescale": True}, DENSITIES)],
     "breadcrumbs_ties": [({"threshold_scope": "model"}, [{**d, "gamma": 0.1} for d in DENSITIES])],
     "consensus": [
@@ -40,6 +41,7 @@ EXAMPLES: dict[str, list[Example]] = {
     "linear": [({}, WEIGHTS), ({"normalize": False}, WEIGHTS)],
     "model_stock": [({}, NONE), ({"filter_wise": True}, NONE), ({"norm_floor": 0}, NONE)],
     "multislerp": [({}, WEIGHTS), ({"normalize_weights": False}, WEIGHTS)],
+    "nearswap": [({"t": 0.004}, NONE), ({"t": 0.0}, NONE)],
     "nuslerp": [
         ({}, WEIGHTS),
         ({"nuslerp_flatten": False}, WEIGHTS),
@@ -57,6 +59,8 @@ EXAMPLES: dict[str, list[Example]] = {
         ),
     ],
     "passthrough": [({}, NONE), ({}, [{"scale": 0.5}])],
+    "ram": [({}, NONE), ({"epsilon": 0.01}, NONE)],
+    "ramplus_tl": [({"epsilon": 0.012}, NONE), ({"r": 1.0, "alpha": 2.0, "epsilon": 0.012}, NONE)],
     "regmean": [({}, STATISTICS), ({"shrink": 0.5, "normalize_grams": "trace"}, STATISTICS)],
     "sce": [({}, NONE), ({"select_topk": 0.3}, NONE), ({"mass_floor": 0}, NONE)],
     "slerp": [({"t": 0.3}, NONE), ({"t": 0.0}, NONE)],
@@ -85,6 +89,7 @@ UNANIMOUS: dict[str, Example] = {
     "nuslerp": ({}, WEIGHTS),
     "ota": ({}, CURVED),
     "passthrough": ({}, NONE),
+    "ram": ({"epsilon": 0}, NONE),
     "regmean": ({}, STATISTICS),
     "sce": ({}, NONE),
     "task_arithmetic": ({}, WEIGHTS),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .resolve import OutputTensor
 
+FP32_DIVERGENCE = 5e-7  # what fp32 may lose of the KL divergence of two softmaxes
 EXACT_SIGN = 1e-6  # a sum below this part of its terms' size may take either sign in fp32
 
 
@@ -272,6 +273,50 @@ def sce(x: Inputs) -> Reference:
     return Reference(out, open_choice | unclear)
 
 
+def nearswap(x: Inputs) -> Reference:
+    """w other + (1 - w) base, w = min(1, t / max(|difference|, 1e-6))."""
+    assert x.base is not None
+    weight = (float(x.shared["t"]) / (x.others[0] - x.base).abs().clamp(min=1e-6)).clamp(max=1)
+    return decided(weight * x.others[0] + (1 - weight) * x.base)
+
+
+def arcee_fusion(x: Inputs) -> Reference:
+    """The other's entries whose |difference| times the KL divergence of their row reaches median + 1.5 (Q3 - Q1)."""
+    assert x.base is not None
+    other = x.others[0]
+    p, q = other.softmax(dim=-1) + 1e-8, x.base.softmax(dim=-1) + 1e-8
+    score = (other - x.base).abs() * (p * (p / q).log()).sum(dim=-1, keepdim=True)
+    ordered = score.reshape(-1).sort().values
+    q1, median, q3 = (ordered[int(share * (ordered.numel() - 1))] for share in (0.25, 0.5, 0.75))
+    threshold = median + 1.5 * (q3 - q1)
+    # mergekit's fp32 softmaxes leave about 1e-7 of noise in a divergence.
+    noise = (other - x.base).abs() * FP32_DIVERGENCE + EXACT_SIGN * threshold
+    unclear = ((score - threshold).abs() <= noise) & (other != x.base)
+    return Reference(torch.where(score >= threshold, other, x.base), unclear)
+
+
+def ram(scaled: bool) -> Callable[[Inputs], Reference]:
+    """Mean of the task vectors over the models whose entry is beyond epsilon; RAM+ scales what one changed alone."""
+
+    def method(x: Inputs) -> Reference:
+        assert x.base is not None
+        deltas = torch.stack(x.deltas())
+        epsilon = float(x.shared.get("epsilon", 1e-5))
+        mask = deltas.abs() > epsilon
+        count = mask.sum(dim=0)
+        factor = torch.ones(len(deltas), dtype=torch.float64)
+        if scaled:
+            shared = (mask & (count > 1)).reshape(len(deltas), -1).sum(dim=1)
+            alone = (mask & (count == 1)).reshape(len(deltas), -1).sum(dim=1)
+            overlap = (shared / alone.clamp(min=epsilon)).clamp(max=float(x.shared.get("alpha", 0.2)))
+            factor = 1 + float(x.shared.get("r", 0.1)) * overlap
+        column = factor.reshape(-1, *[1] * x.base.dim())
+        kept = deltas * mask * torch.where(count == 1, column, 1.0)
+        return decided(x.base + kept.sum(dim=0) / count.clamp(min=1))
+
+    return method
+
+
 def passthrough(x: Inputs) -> Reference:
     """The one input, times scale."""
     return decided(x.all[0] * float(x.all_settings[0].get("scale", 1.0)))
@@ -293,6 +338,10 @@ METHODS: dict[str, Callable[[Inputs], Reference]] = {
     "breadcrumbs_ties": task_arithmetic_family(without_outliers, consensus=True, normalize=False, rescale=False),
     "model_stock": model_stock,
     "sce": sce,
+    "nearswap": nearswap,
+    "arcee_fusion": arcee_fusion,
+    "ram": ram(scaled=False),
+    "ramplus_tl": ram(scaled=True),
     "passthrough": passthrough,
 }
 

@@ -44,11 +44,11 @@ def test_table_names_parameters_with_their_defaults(method: str, said: str) -> N
             assert known[name]["required"] or name == "scale"
 
 
-# What mergekit 0.1.5 calls its methods, as far as this project has or will have them.
+# What mergekit 0.1.5 calls its methods, all twenty.
 IN_MERGEKIT = {
     *("linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties"),
     *("della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "passthrough"),
-    *("arcee_fusion", "nearswap", "ram"),
+    *("arcee_fusion", "nearswap", "ram", "ramplus_tl"),
 }
 
 
@@ -84,7 +84,6 @@ REFUSED = {
     "modules": "merge_method: linear\nmodules: {text: {models: [{model: ./a, parameters: {weight: 1}}]}}\n",
     "tokenizer": "merge_method: linear\ntokenizer: {source: union}\nmodels: [{model: ./a, parameters: {weight: 1}}]\n",
     "union": "merge_method: linear\ntokenizer_source: union\nmodels: [{model: ./a, parameters: {weight: 1}}]\n",
-    "ram": "merge_method: ram\nbase_model: ./b\nmodels: [{model: ./a}]\n",
 }
 
 
