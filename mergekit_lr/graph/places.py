@@ -114,6 +114,27 @@ def _common_stack(recipe: Recipe, inputs: Mapping[str, Checkpoint], reference: s
     return own
 
 
+def refuse_partial_ranges(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> None:
+    """A ``layer_range`` under ``models`` does nothing; one that is not the whole model asks for something else.
+
+    Raises:
+        CheckpointError: names every model whose range is not all of its layers.
+    """
+    problems = []
+    for entry in recipe.models:
+        if entry.claimed is None:
+            continue
+        model = str(entry.reference)
+        count = main_stack(inputs[model].tensors, inputs[model].config, model).count
+        if entry.claimed != (0, count):
+            problems.append(
+                f"{model}: models gives it the layers {list(entry.claimed)}, and it has {count}; `models` merges whole "
+                "models, so remove layer_range, or pick layers under `slices`"
+            )
+    if problems:
+        raise join_problems(CheckpointError, problems)
+
+
 def _outside(recipe: Recipe, inputs: Mapping[str, Checkpoint], stack: Stack) -> Iterator[Place]:
     """Embeddings, final norm, head and towers: as the first slice says, or as the last."""
     reference = str(recipe.config_source)

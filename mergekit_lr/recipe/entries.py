@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from collections.abc import Mapping as AbstractMapping
 from dataclasses import dataclass, field
 
 from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.errors import RecipeError
 from mergekit_lr.recipe.fields import ParameterField
+from mergekit_lr.recipe.foreign import RESIDUAL_WEIGHT
 from mergekit_lr.recipe.groups import ModelEntry, Slice
 from mergekit_lr.recipe.parameters import Scope
 from mergekit_lr.recipe.problems import Mark, Problems, nearest, shown
-from mergekit_lr.recipe.scope import ScopeReader
+from mergekit_lr.recipe.references import read_reference
+from mergekit_lr.recipe.scope import Misplaced, ScopeReader
 from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence
 
-MODEL_KEYS = ("model", "name", "parameters")
+MODEL_KEYS = ("model", "name", "parameters", "layer_range")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
@@ -38,6 +38,7 @@ class ListedModel:
     layers: tuple[int, int] | None = None
     layers_mark: Mark | None = None
     name: str | None = None
+    claimed: tuple[int, int] | None = None
 
 
 @dataclass
@@ -65,20 +66,12 @@ class EntryReader:
     problems: Problems
     merge_fields: Fields
     model_fields: Fields
-    misplaced: Callable[[str], str | None]
+    misplaced: Misplaced
     known: bool
     named: bool = True
 
     def reference(self, node: Node, path: str) -> ModelReference | None:
-        if not isinstance(node, Scalar) or not isinstance(node.value, str):
-            what = "must be text" if isinstance(node, Scalar) else "must be one line of text"
-            self.problems.add(node.mark, path, what, "write PATH_OR_HUB_ID[@REVISION][+ADAPTER], in quotes if needed")
-            return None
-        try:
-            return ModelReference.parse(node.value)
-        except RecipeError as e:
-            self.problems.add(node.mark, path, e.what, e.fix)
-            return None
+        return read_reference(node, path, self.problems)
 
     def items(self, node: Node, path: str, empty: str, each: str) -> list[Node]:
         """The items of a list that must not be empty."""
@@ -148,8 +141,13 @@ class EntryReader:
             self.problems.add(node.mark, path, "names no model", "add `model: PATH`")
         if "name" in node.entries and "name" in keys:
             read.name = self._name(node.entries["name"], f"{path}.name")
-        if "layer_range" in keys:
-            given = node.entries.get("layer_range")
+        given = node.entries.get("layer_range")
+        if keys is MODEL_KEYS:
+            if given is not None:
+                what = "has no effect under models, as in mergekit: whole models are merged"
+                self.problems.warn(given.key_mark, f"{path}.layer_range", what, "merge runs of layers under `slices`")
+                read.claimed = self._range(given, f"{path}.layer_range")
+        else:
             if given is not None:
                 read.layers, read.layers_mark = self._range(given, f"{path}.layer_range"), given.value.mark
             elif not hints:
@@ -195,9 +193,13 @@ class EntryReader:
         hints = []
         for key, entry in node.entries.items():
             if key not in keys:
+                known = {**self.model_fields, **self.merge_fields}
+                foreign = self.misplaced(key, entry.value) if self.known and key not in known else None
+                if (key == RESIDUAL_WEIGHT and keys is SLICE_KEYS) or (foreign is not None and foreign.harmless):
+                    what = "has no effect, here as in mergekit"
+                    self.problems.warn(entry.key_mark, f"{path}.{key}", what, "remove it")
+                    continue
                 hint = f"put it under {whose} `parameters`" if key in fields else nearest(key, keys)
-                if key == "layer_range":
-                    hint = "runs of layers are merged under `slices`"
                 self.problems.add(entry.key_mark, f"{path}.{key[:60]}", "unknown key", hint)
                 hints.append(hint)
         return hints
@@ -212,7 +214,7 @@ class EntryReader:
 def model_entry(model: ListedModel) -> ModelEntry:
     """The entry of a recipe that was read without a problem."""
     assert model.reference is not None
-    return ModelEntry(model.reference, model.parameters, model.layers, model.name)
+    return ModelEntry(model.reference, model.parameters, model.layers, model.name, model.claimed)
 
 
 def slice_entry(part: ListedSlice) -> Slice:

@@ -20,13 +20,15 @@ class ModelEntry:
     """One item of ``models``, or of a slice's ``sources``: the model and the parameters given to it there.
 
     ``layers``: the first layer and the one after the last; None for a whole model. ``name``: what the output calls
-    this model, where the method keeps models apart.
+    this model, where the method keeps models apart. ``claimed``: a range given to a whole model, which must be all of
+    its layers.
     """
 
     reference: ModelReference
     parameters: Scope = field(default_factory=dict)
     layers: tuple[int, int] | None = None
     name: str | None = None
+    claimed: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

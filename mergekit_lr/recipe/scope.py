@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_lr.recipe.fields import ParameterField
+from mergekit_lr.recipe.foreign import Hint
 from mergekit_lr.recipe.parameters import Chain, Gradient, Rule, Scope
 from mergekit_lr.recipe.problems import Problems, nearest
 from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence
@@ -16,6 +17,9 @@ RULE_KEYS = ("filter", "value")
 MAX_RULES = 1_000
 
 _ABSENT = object()
+
+Misplaced = Callable[[str, Node], Hint | None]
+"""What to say of a name that is unknown at its place, given its value."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class ScopeReader:
         node: Node,
         fields: AbstractMapping[str, ParameterField],
         path: str,
-        misplaced: Callable[[str], str | None],
+        misplaced: Misplaced,
     ) -> tuple[Scope, set[str]]:
         """The scope, and the names that it gives or tries to give.
 
@@ -60,11 +64,14 @@ class ScopeReader:
         entry: Entry,
         fields: AbstractMapping[str, ParameterField],
         path: str,
-        misplaced: Callable[[str], str | None],
+        misplaced: Misplaced,
     ) -> list[str]:
         """Note an unknown name; returns the name that was probably meant."""
-        belongs = misplaced(key)
-        hint = belongs or nearest(key, fields)
+        belongs = misplaced(key, entry.value)
+        if belongs is not None and belongs.harmless:
+            self.problems.warn(entry.key_mark, f"{path}.{key}", belongs.text, "remove it")
+            return []
+        hint = belongs.text if belongs else nearest(key, fields)
         self.problems.add(entry.key_mark, f"{path}.{key[:60]}", "unknown parameter", hint)
         return [name for name in fields if not belongs and hint == f"did you mean {name!r}?"]
 

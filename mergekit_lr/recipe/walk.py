@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mergekit_lr.recipe.calibration import Calibration, read_calibration
 from mergekit_lr.recipe.entries import EntryReader, ListedModel, ListedSlice, model_entry, slice_entry
 from mergekit_lr.recipe.fields import ParameterField, parameter_fields
 from mergekit_lr.recipe.followed import with_followers
+from mergekit_lr.recipe.foreign import Hint, outside, repeats_default, unused
 from mergekit_lr.recipe.parameters import Scope
 from mergekit_lr.recipe.problems import Problems, nearest, shown
 from mergekit_lr.recipe.schema import DTYPES, NONFINITE, Recipe
@@ -123,24 +125,25 @@ class _Walk:
             if key in UNSUPPORTED:
                 self.problems.add(entry.key_mark, key, "is not supported", UNSUPPORTED[key])
             elif name not in ROOT_KEYS:
-                self.problems.add(entry.key_mark, key[:60], "unknown key", self._root_hint(key))
+                self._unknown(key, entry)
             elif name in found:
                 self.problems.add(entry.key_mark, key, f"says the same as {name}", "keep one of them")
             else:
                 found[name] = entry
         return found
 
-    def _root_hint(self, key: str) -> str:
-        entry = self.root.entries.get("merge_method")
-        name = entry.value.value if entry and isinstance(entry.value, Scalar) else None
+    def _unknown(self, key: str, entry: Entry) -> None:
+        """Note a key that a recipe does not have, with what was probably meant."""
+        hint = Hint(nearest(key, ROOT_KEYS))
+        named = self.root.entries.get("merge_method")
+        name = named.value.value if named and isinstance(named.value, Scalar) else None
         if isinstance(name, str):
-            try:
-                method = get_method(name)
-            except (RecipeError, *PLUGIN_FAILURES):
-                return nearest(key, ROOT_KEYS)
-            if key in parameter_fields(method.Merge) or key in parameter_fields(method.PerModel):
-                return f"it is a parameter of {name}: put it under `parameters`"
-        return nearest(key, ROOT_KEYS)
+            with suppress(RecipeError, *PLUGIN_FAILURES):
+                hint = outside(key, entry.value, get_method(name)) or hint
+        if hint.harmless:
+            self.problems.warn(entry.key_mark, key, hint.text, "remove it")
+        else:
+            self.problems.add(entry.key_mark, key[:60], "unknown key", hint.text)
 
     def _scalar(self, key: str) -> Scalar | None:
         """The scalar under an optional key; None if it is absent or null."""
@@ -154,8 +157,9 @@ class _Walk:
 
     def _choice(self, key: str, known: Collection[str]) -> str | None:
         node = self._scalar(key)
-        if node is None or node.value in known:
-            return str(node.value) if node else None
+        value = None if node is None else str(node.value).removeprefix("torch.")
+        if node is None or value in known:
+            return value
         self.problems.add(node.mark, key, f"unknown value {shown(node.value)}", nearest(str(node.value), known))
         return None
 
@@ -276,12 +280,14 @@ class _Walk:
         fields: dict[str, ParameterField] = {**self.model_fields, **self.merge_fields}
         return ScopeReader(self.problems).read(entry.value, fields, "parameters", self._misplaced)
 
-    def _misplaced(self, key: str) -> str | None:
-        """Where a parameter that is unknown here belongs, if it belongs anywhere."""
+    def _misplaced(self, key: str, node: Node) -> Hint | None:
+        """What to say of a parameter that is unknown where it stands."""
         assert self.method is not None
         if key in self.merge_fields:
+            if key == "int8_mask" or repeats_default(self.merge_fields[key], node):
+                return Hint(f"{key} of {self.method.name} is one for all models; this repeats its default", True)
             where = "the recipe's or the slice's" if "slices" in self.entries else "the recipe's"
-            return f"{key} of {self.method.name} is one for all models: put it under {where} `parameters`"
+            return Hint(f"{key} of {self.method.name} is one for all models: put it under {where} `parameters`")
         if SYNONYMS.get(key, key) in ROOT_KEYS:
-            return f"{key} is a key of the recipe itself, not a parameter"
-        return None
+            return Hint(f"{key} is a key of the recipe itself, not a parameter")
+        return unused(key, self.method.name)

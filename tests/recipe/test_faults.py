@@ -61,7 +61,7 @@ FAULTS = [
     (linear("¦sead: 3\n"), "did you mean 'seed'?"),
     (linear("¦weights: 3\n"), "unknown key"),
     (linear("¦colour: red\n"), "known here:"),
-    (linear("¦normalize: true\n"), "it is a parameter of linear: put it under `parameters`"),
+    (linear("¦normalize: false\n"), "it is a parameter of linear: put it under `parameters`"),
     (linear("¦1: 2\n"), "unknown key"),
     (linear(entry="{¦modle: ./b, parameters: {weight: 1}}"), "models[1].modle: unknown key; did you mean 'model'?"),
     (linear(entry="{model: ./b, ¦parametrs: {weight: 1}}"), "models[1].parametrs: unknown key; did you mean"),
@@ -74,7 +74,7 @@ FAULTS = [
     (linear("parameters: {¦normalise: true}\n"), "did you mean 'normalize'?"),
     (linear("parameters: {¦random_seed: 3}\n"), "random_seed is a key of the recipe itself"),
     (linear("parameters: {¦dtype: float16}\n"), "dtype is a key of the recipe itself"),
-    (linear("parameters: {¦density: 0.5}\n"), "parameters.density: unknown parameter"),
+    (linear("parameters: {¦denisty: 0.5}\n"), "parameters.denisty: unknown parameter"),
     (ties("  - {model: ./c, parameters: {weight: 1, ¦densty: 1}}\n"), "models[2].parameters.densty"),
     (linear("seed: 1\n¦random_seed: 2\n"), "says the same as seed"),
     # values of the wrong type
