@@ -7,7 +7,7 @@ as the matrix ``V_ij = row_i col_j / sum(row)``, which has those sums, without e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +134,7 @@ def _enter(opened: CompanionFile, entry: str, suffix: str, factored: bool) -> No
         name = entry[: len(entry) - len(suffix)]
         if name in opened.entries or (factored and name.endswith((ROW, COLUMN))):
             return
-        opened.tensors[name] = replace(info, name=name)
+        opened.tensors[name] = info._replace(name=name)
     else:
         return
     opened.entries[name], opened.files[name] = entry, opened.inner.files[entry]

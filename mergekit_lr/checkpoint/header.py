@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import re
 import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.errors import CheckpointError
@@ -26,10 +26,10 @@ MAX_DIMENSION = 1 << 48
 MAX_ELEMENTS = 1 << 56
 MAX_NAME = 512
 MAX_TENSORS = 2_000_000
+_LAST = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor as its header describes it. ``offset`` counts from the start of the file."""
 
     name: str
@@ -89,7 +89,8 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     if not raw.startswith(b"{"):
         raise _bad(path, "the header does not begin with '{'")
     try:
-        entries = json.loads(raw.decode("utf-8"), **_STRICT)
+        # A minus before a value is rare; only then each number is looked at as text.
+        entries = json.loads(raw.decode("utf-8"), **(_STRICT if _MINUS.search(raw) else _PLAIN))
     except (ValueError, RecursionError) as e:
         raise _bad(path, f"the header is not valid JSON: {e}") from e
     if not isinstance(entries, dict):
@@ -138,36 +139,42 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-_STRICT: dict[str, Any] = {
-    "object_pairs_hook": unique_keys,
-    "parse_constant": _no_constant,
-    "parse_int": _integer,
-}
-
-
-def _whole_number(value: Any, most: int) -> bool:
-    return type(value) is int and 0 <= value <= most
+_MINUS = re.compile(rb"[\[:,]\s*-")
+_PLAIN: dict[str, Any] = {"object_pairs_hook": unique_keys, "parse_constant": _no_constant}
+_STRICT: dict[str, Any] = {**_PLAIN, "parse_int": _integer}
+_ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 def _tensor(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
-    shown = repr(name[:80])
-    if not name or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME or not name.isprintable():
-        raise _bad(path, f"tensor name {shown} is empty, too long or holds control characters")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _bad(path, f"tensor {shown} must have exactly dtype, shape and data_offsets")
+    # Written for speed: a header of a large mixture of experts holds tens of thousands of these.
+    shown = name[:80]
+    if not name or (len(name) > MAX_NAME // 4 and _utf8_length(name) > MAX_NAME) or not name.isprintable():
+        raise _bad(path, f"tensor name {shown!r} is empty, too long or holds control characters")
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
+        raise _bad(path, f"tensor {shown!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _bad(path, f"tensor {shown} has dtype {str(dtype)[:40]!r}, which is not read")
+        raise _bad(path, f"tensor {shown!r} has dtype {str(dtype)[:40]!r}, which is not read")
     if not isinstance(shape, list) or len(shape) > MAX_RANK:
-        raise _bad(path, f"tensor {shown} has no shape of at most {MAX_RANK} dimensions")
-    if not all(_whole_number(d, MAX_DIMENSION) for d in shape):
-        raise _bad(path, f"tensor {shown} has an impossible dimension")
-    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
-    if math.prod(d for d in shape if d) >= MAX_ELEMENTS:  # even beside a zero: readers multiply from the left
-        raise _bad(path, f"tensor {shown} has an impossible shape")
-    pair = isinstance(offsets, list) and len(offsets) == 2
-    if not pair or not all(_whole_number(o, 1 << 62) for o in offsets):
-        raise _bad(path, f"tensor {shown} has no pair of data offsets")
-    if offsets[1] - offsets[0] != nbytes:
-        raise _bad(path, f"tensor {shown} spans {offsets[1] - offsets[0]} bytes but its shape needs {nbytes}")
-    return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], nbytes)
+        raise _bad(path, f"tensor {shown!r} has no shape of at most {MAX_RANK} dimensions")
+    numel, spread = 1, 1
+    for d in shape:
+        if type(d) is not int or not 0 <= d <= MAX_DIMENSION:
+            raise _bad(path, f"tensor {shown!r} has an impossible dimension")
+        numel *= d
+        spread *= d or 1
+    if spread >= MAX_ELEMENTS:  # even beside a zero: readers multiply from the left
+        raise _bad(path, f"tensor {shown!r} has an impossible shape")
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        raise _bad(path, f"tensor {shown!r} has no pair of data offsets")
+    begin, end = offsets
+    if type(begin) is not int or type(end) is not int or not (0 <= begin <= _LAST and 0 <= end <= _LAST):
+        raise _bad(path, f"tensor {shown!r} has no pair of data offsets")
+    nbytes = numel * ITEM_BYTES[dtype]
+    if end - begin != nbytes:
+        raise _bad(path, f"tensor {shown!r} spans {end - begin} bytes but its shape needs {nbytes}")
+    return TensorInfo(name, dtype, tuple(shape), data_start + begin, nbytes)
+
+
+def _utf8_length(name: str) -> int:
+    return len(name.encode("utf-8", "surrogatepass"))

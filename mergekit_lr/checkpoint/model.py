@@ -228,6 +228,9 @@ def read_weight_map(index: Path, suffix: str = "safetensors") -> dict[str, set[s
         raise CheckpointError("the index has no weight_map", where=str(index), fix="download the file again")
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
+        if isinstance(shard, str) and shard in shards:
+            shards[shard].add(name)
+            continue
         if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard) or not shard.endswith("." + suffix):
             raise CheckpointError(
                 f"the index places tensor {name[:80]!r} in {str(shard)[:80]!r}",
@@ -235,7 +238,7 @@ def read_weight_map(index: Path, suffix: str = "safetensors") -> dict[str, set[s
                 why=f"a shard must be a plain .{suffix} file name",
                 fix="do not use this checkpoint, or mend its index",
             )
-        shards.setdefault(shard, set()).add(name)
+        shards[shard] = {name}
     return shards
 
 

@@ -38,20 +38,22 @@ class _Builder:
         companion = companion_of(recipe)
         self.companions = tuple(label(companion, p) for p in companion_paths(recipe)) if companion else ()
         self.lookup = Lookup(companion, self.inputs, self.models, self.companions) if companion else None
+        self.number = {model: i for i, model in enumerate(self.models)}
+        self.labels = {id(g): tuple(str(e.reference) for e in g.inputs) for g in recipe.groups}
 
     def source(self, model: str, name: str) -> Source | None:
         """Where ``model`` keeps what it calls ``name``; a tied head is its embeddings."""
         checkpoint = self.inputs[model]
         if name in checkpoint.tensors:
-            return Source(self.models.index(model), name)
+            return Source(self.number[model], name)
         stand_in = tied_source(name, checkpoint.tensors) if config_ties(checkpoint.config) else None
-        return Source(self.models.index(model), stand_in) if stand_in else None
+        return Source(self.number[model], stand_in) if stand_in else None
 
     def fits(self, place: Place, info: TensorInfo, model: str, name: str) -> Source | None:
         """One input's tensor where it has one, in the template's shape; notes a problem if not."""
         source = self.source(model, name)
-        reference = place.template[0]
         if source is None:
+            reference = place.template[0]
             self.problems.append(
                 f"{model}: tensor {name!r} is missing (the output is laid out as {reference}); "
                 "merge models of one architecture, or name another base_model"
@@ -63,7 +65,7 @@ class _Builder:
             if "embed" in name or "lm_head" in name or "wte" in name:
                 hint = "the vocabularies differ; resize one model's embeddings to the other's tokenizer first"
             self.problems.append(
-                f"{model}: tensor {name!r} has shape {list(found.shape)} where {reference} has "
+                f"{model}: tensor {name!r} has shape {list(found.shape)} where {place.template[0]} has "
                 f"{list(info.shape)}; {hint}"
             )
             return None
@@ -80,11 +82,12 @@ class _Builder:
         model, tensor = place.template
         info = self.inputs[model].tensors[tensor]
         if info.dtype not in AVERAGED:
-            own = Source(self.models.index(model), tensor)
+            own = Source(self.number[model], tensor)
             return Sink(place.name, info.dtype, info.shape, own, f"copied: {info.dtype} is not averaged")
         group, method = place.group, self.method
-        names = tuple(place.name_in(e) for e in group.inputs)
-        labels = tuple(str(e.reference) for e in group.inputs)
+        moved = place.stack is not None
+        names = tuple([place.name_in(e) for e in group.inputs]) if moved else (place.name,) * len(group.inputs)
+        labels = self.labels[id(group)]
         base_entry = group.base if self.takes_base else None
         found = [self.fits(place, info, m, n) for m, n in zip(labels, names, strict=True)]  # note every misfit
         base = None
@@ -93,7 +96,7 @@ class _Builder:
         sources = [s for s in found if s is not None]
         if len(sources) < len(found) or (base is None and base_entry is not None):
             return None
-        merge, per_model = group.resolve(place.name, place.t, None if place.stack is None else names)
+        merge, per_model = group.resolve(place.name, place.t, names if moved else None)
         call = Call(
             name=place.name,
             shape=info.shape,

@@ -12,13 +12,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from mergekit_lr.method import Call, Space
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """Tensor ``tensor`` of input ``model`` (its index among the graph's `files`)."""
 
     model: int
@@ -211,14 +210,21 @@ def sources_of(node: Expression) -> list[Source]:
     if isinstance(node, Source):
         return [node]
     if isinstance(node, Delta):
-        found = [node.value, node.base]
-    elif isinstance(node, Restore):
-        found = [node.base, *sources_of(node.value)]
-    else:
-        found = [node.base] if node.base else []
-        for i in node.inputs:
-            found += sources_of(i)
-        found += node.companions
+        return list(dict.fromkeys((node.value, node.base)))
+    found = []
+    if isinstance(node, Restore):
+        found.append(node.base)
+        node = node.value
+    if node.base:
+        found.append(node.base)
+    for i in node.inputs:
+        if isinstance(i, Delta):
+            found.append(i.value)
+            if i.base is not found[0]:
+                found.append(i.base)
+        else:
+            found.append(i)
+    found += node.companions
     return list(dict.fromkeys(found))
 
 
