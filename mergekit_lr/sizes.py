@@ -42,6 +42,24 @@ def parse_size(text: str | int) -> int:
     return size
 
 
+def parse_bandwidth(text: str | int | float) -> int:
+    """Whole bytes a second in ``text``: a size, with ``/s`` behind it or without: ``2GB/s``, ``500MiB``.
+
+    Raises:
+        UsageError: as `parse_size`.
+    """
+    if isinstance(text, str):
+        return parse_size(re.sub(r"\s*/\s*s(ec)?$", "", text.strip()))
+    return parse_size(int(text))
+
+
+def format_duration(seconds: float) -> str:
+    """``seconds`` in words: ``42 s``, ``12 min``, ``3.4 h``."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
 def format_size(size: int) -> str:
     """``size`` bytes in words: ``1.3 GB``; decimal units, three digits at most."""
     if size < 1000:

@@ -129,6 +129,12 @@ def plan(
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
     allow_pickle: AllowPickle = False,
+    bandwidth: Annotated[
+        str | None, typer.Option(metavar="RATE", help="Bytes a second of the storage, such as 2GB/s, for the time.")
+    ] = None,
+    graph: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the graph, summarised by layer.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a merge would read, write and hold in memory. Reads no weights."""
@@ -141,6 +147,8 @@ def plan(
         threads=threads,
         shard_size=shard_size,
         allow_pickle=allow_pickle,
+        bandwidth=bandwidth,
+        graph=graph,
     )
     if as_json:
         print_json(result.to_dict())

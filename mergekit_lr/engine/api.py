@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mergekit_lr.checkpoint import fs
+from mergekit_lr.engine.describe import picture
 from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, planned
 from mergekit_lr.recipe import Recipe
+from mergekit_lr.sizes import parse_bandwidth
 
 
 def plan(
@@ -17,8 +20,16 @@ def plan(
     threads: int | None = None,
     shard_size: str | int = DEFAULT_SHARD,
     allow_pickle: bool = False,
+    bandwidth: str | int | float | None = None,
+    graph: str | Path | None = None,
 ) -> Plan:
-    """What a merge would read, write and hold in memory, from headers alone. Arguments as in `merge`."""
+    """What a merge would read, write and hold in memory, from headers alone. Arguments as in `merge`.
+
+    Args:
+        bandwidth: bytes a second of the storage, such as ``"2GB/s"``: the plan then says how long its bytes take.
+        graph: an SVG file to draw the graph in, summarised by layer.
+    """
+    rate = None if bandwidth is None else parse_bandwidth(bandwidth)
     with planned(
         recipe,
         device=device,
@@ -28,4 +39,7 @@ def plan(
         allow_pickle=allow_pickle,
         headers_only=True,
     ) as laid_out:
+        laid_out.bandwidth = rate
+        if graph is not None:
+            fs.write_file(Path(graph), picture(laid_out).encode())
         return laid_out

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
+from mergekit_lr.engine.describe import describe, in_words
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
 from mergekit_lr.engine.tied_heads import refuse_untied_heads
@@ -27,6 +29,7 @@ from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.companions import open_companions
 from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, Result, Sink
+from mergekit_lr.graph.summary import Block, summarise
 from mergekit_lr.method import Method
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
@@ -53,6 +56,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     outline: Outline | None = None
     prepared: Path | None = None
+    bandwidth: int | None = None
 
     @property
     def kind(self) -> Kind:
@@ -62,10 +66,11 @@ class Plan:
     @property
     def bytes_in(self) -> int:
         """Bytes read once over; methods with statistics read their inputs again."""
+        tensors = [self.inputs[file].tensors for file in self.graph.files]
         total = 0
         for sink in self.graph.sinks:
-            for source in self.graph.sources(sink) if first_result(sink) else ():
-                total += self.inputs[self.graph.files[source.model]].tensors[source.tensor].nbytes
+            if first_result(sink):
+                total += sum([tensors[model][name].nbytes for model, name in self.graph.sources(sink)])
         return total
 
     @property
@@ -95,42 +100,16 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `plan --json` prints it. Sizes in bytes."""
-        return {
-            "merge_method": self.recipe.merge_method,
-            "models": list(self.graph.models),
-            "companions": list(self.graph.companions),
-            "tensors": len(self.graph.sinks),
-            "parameters": self.parameters,
-            "rules": self.graph.rules(),
-            "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in self.graph.dropped],
-            "bytes_in": self.bytes_in,
-            "bytes_out": self.layout.file_bytes,
-            "shards": [{"file": s.file, "bytes": s.size} for s in self.layout.shards],
-            "units": len(self.units),
-            "threads": self.budget.threads,
-            "piece_elements": self.budget.piece,
-            "memory_limit": self.budget.limit,
-            "peak_memory": self.budget.peak,
-            "device": self.device,
-            "dtypes": sorted({s.dtype for s in self.graph.sinks}),
-            "files": sorted(self.files),
-            "warnings": self.warnings,
-        }
+        return describe(self)
 
     def summary_lines(self) -> list[str]:
         """The plan in words."""
-        d = self.to_dict()
-        lines = [
-            f"{d['merge_method']} of {len(d['models'])} models: {', '.join(d['models'])}",
-            *(f"beside them {file}" for file in d["companions"]),
-            f"{d['tensors']} tensors, {d['parameters']:,} parameters, as {', '.join(d['dtypes'])}",
-            f"reads {d['bytes_in'] / 2**20:,.1f} MiB, writes {d['bytes_out'] / 2**20:,.1f} MiB "
-            f"in {len(d['shards'])} file{'s' if len(d['shards']) > 1 else ''}",
-            f"{d['units']} units of work, {d['threads']} threads on {d['device']}, "
-            f"about {d['peak_memory'] / 2**20:,.0f} MiB of tensors in memory",
-        ]
-        lines += [f"{count} tensors {rule}" for rule, count in d["rules"].items()]
-        return lines + [f"warning: {w}" for w in self.warnings]
+        return in_words(describe(self))
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The graph summarised by layer."""
+        return summarise(self.graph, [self.inputs[file].tensors for file in self.graph.files])
 
 
 def choose_device(device: str) -> str:
@@ -138,6 +117,8 @@ def choose_device(device: str) -> str:
     from mergekit_lr.errors import UsageError
 
     if device == "cpu":
+        return "cpu"
+    if device == "auto" and not may_have_gpu():
         return "cpu"
     import torch
 
@@ -149,6 +130,11 @@ def choose_device(device: str) -> str:
     if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {device!r} is not there", fix="use --device auto or cpu")
     return f"cuda:{int(number or 0)}"
+
+
+def may_have_gpu() -> bool:
+    """Whether it is worth importing torch to ask: on Linux every driver leaves a device file."""
+    return sys.platform != "linux" or any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd"))
 
 
 @contextmanager

@@ -20,7 +20,10 @@ SURFACE = {
         *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),
         *("--resume/--restart", "--overwrite", "--json", "--quiet -q"),
     ],
-    "plan": ["RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--json"],
+    "plan": [
+        *("RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--bandwidth"),
+        *("--graph", "--json"),
+    ],
     "check": ["RECIPE", "--json"],
     "verify": ["OUT", "--json"],
     "inspect": ["MODEL", "--allow-pickle", "--json"],

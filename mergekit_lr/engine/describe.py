@@ -1,0 +1,107 @@
+"""A plan as plain data, and in words: what it reads and writes, and what that costs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lr.sizes import format_duration, format_size
+
+if TYPE_CHECKING:
+    from mergekit_lr.engine.plan import Plan
+
+SPARE = 1.02
+"""A file system wants a little more than the bytes of its files."""
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Plain data, as ``plan --json`` prints it. Sizes in bytes, times in seconds."""
+    graph, budget = plan.graph, plan.budget
+    bytes_in, bytes_out = plan.bytes_in, plan.layout.file_bytes
+    seconds = (bytes_in + bytes_out) / plan.bandwidth if plan.bandwidth else None
+    return {
+        "merge_method": plan.recipe.merge_method,
+        "models": list(graph.models),
+        "companions": list(graph.companions),
+        "tensors": len(graph.sinks),
+        "parameters": plan.parameters,
+        "rules": graph.rules(),
+        "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in graph.dropped],
+        "bytes_in": bytes_in,
+        "bytes_out": bytes_out,
+        "shards": [{"file": s.file, "bytes": s.size} for s in plan.layout.shards],
+        "units": len(plan.units),
+        "threads": budget.threads,
+        "piece_elements": budget.piece,
+        "memory_limit": budget.limit,
+        "peak_memory": budget.peak,
+        "device": plan.device,
+        "dtypes": sorted({s.dtype for s in graph.sinks}),
+        "files": sorted(plan.files),
+        "download": download_bytes(plan),
+        "disk_needed": int(SPARE * bytes_out),
+        "disk_free": free_here(),
+        "bandwidth": plan.bandwidth,
+        "transfer_seconds": None if seconds is None else round(seconds, 3),
+        "layers": [block.to_dict() for block in plan.blocks],
+        "warnings": plan.warnings,
+    }
+
+
+def in_words(d: dict[str, Any]) -> list[str]:
+    """What `describe` says, in lines for a person."""
+    files = len(d["shards"])
+    lines = [
+        f"{d['merge_method']} of {len(d['models'])} models: {', '.join(d['models'])}",
+        *(f"beside them {file}" for file in d["companions"]),
+        f"{d['tensors']} tensors, {d['parameters']:,} parameters, as {', '.join(d['dtypes'])}",
+        f"reads {_exact(d['bytes_in'])}, writes {_exact(d['bytes_out'])} in {files} file{'s' if files > 1 else ''}",
+        f"{d['units']} units of work, {d['threads']} threads on {d['device']}, "
+        f"about {d['peak_memory'] / 2**20:,.0f} MiB of tensors in memory",
+        f"needs {format_size(d['disk_needed'])} of disk for the output; {format_size(d['disk_free'])} are free here",
+    ]
+    if d["download"]:
+        lines.append(
+            f"downloads {format_size(d['download'])} from the Hub first: only headers were fetched for this plan"
+        )
+    if d["transfer_seconds"] is not None:
+        rate = f"{format_size(d['bandwidth'])}/s"
+        lines.append(f"at {rate} the bytes alone take {format_duration(d['transfer_seconds'])}, each input read once")
+    lines += [f"{count} tensors {rule}" for rule, count in d["rules"].items()]
+    return lines + [f"warning: {w}" for w in d["warnings"]]
+
+
+def picture(plan: Plan) -> str:
+    """The graph, summarised by layer, as SVG."""
+    from mergekit_lr.graph.draw import draw
+
+    blocks = plan.blocks
+    read = {name: sum(b.models[i] for b in blocks) for i, name in enumerate(plan.graph.files)}
+    files = len(plan.layout.shards)
+    output = [
+        plan.kind,
+        format_size(plan.layout.file_bytes),
+        f"{files} file{'s' if files > 1 else ''}",
+        f"{len(plan.graph.sinks):,} tensors",
+        f"{len(plan.units):,} units of work",
+    ]
+    title = f"{plan.recipe.merge_method}: {plan.parameters:,} parameters out"
+    return draw(title, read, blocks, output)
+
+
+def download_bytes(plan: Plan) -> int:
+    """Bytes of the inputs' files that are on the Hub and not on this machine."""
+    every = {s.path: s.size for file in plan.graph.files for s in plan.inputs[file].stamps}
+    return sum(size for path, size in every.items() if path.startswith("hf://"))
+
+
+def free_here() -> int:
+    """Bytes free where the command runs."""
+    stat = os.statvfs(Path.cwd())
+    return stat.f_bavail * stat.f_frsize
+
+
+def _exact(nbytes: int) -> str:
+    """Binary megabytes where they can be read, else decimal terabytes."""
+    return f"{nbytes / 2**20:,.1f} MiB" if nbytes < 10**12 else format_size(nbytes)
