@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.sizes import format_duration, format_size
+from mergekit_lr.tokenizer.align import token_lines
 
 if TYPE_CHECKING:
     from mergekit_lr.engine.plan import Plan
@@ -46,6 +47,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "transfer_seconds": None if seconds is None else round(seconds, 3),
         "layers": [block.to_dict() for block in plan.blocks],
         "warnings": plan.warnings,
+        **({"tokens": plan.tokens.to_dict()} if plan.tokens else {}),
     }
 
 
@@ -69,6 +71,7 @@ def in_words(d: dict[str, Any]) -> list[str]:
         rate = f"{format_size(d['bandwidth'])}/s"
         lines.append(f"at {rate} the bytes alone take {format_duration(d['transfer_seconds'])}, each input read once")
     lines += [f"{count} tensors {rule}" for rule, count in d["rules"].items()]
+    lines += token_lines(d["tokens"]) if "tokens" in d else []
     return lines + [f"warning: {w}" for w in d["warnings"]]
 
 

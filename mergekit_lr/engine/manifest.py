@@ -57,6 +57,7 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
         "rules": plan.graph.rules(),
         "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in plan.graph.dropped],
         "warnings": plan.warnings + job.warnings,
+        **({"tokens": plan.tokens.to_dict()} if plan.tokens else {}),
         **({"counts": total} if total else {}),
         "digest_algorithm": ALGORITHM,
         "tensors": tensors,

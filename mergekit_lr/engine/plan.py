@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.engine.describe import describe, in_words
 from mergekit_lr.engine.memory import Budget, make_budget
-from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
+from mergekit_lr.engine.side_files import carried_over, merged_config
 from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
 from mergekit_lr.errors import CheckpointError
@@ -36,6 +36,10 @@ from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.report.consistency import config_problems
 from mergekit_lr.rewrite import Kind, Outline, Rewrite
 from mergekit_lr.sizes import parse_size
+from mergekit_lr.tokenizer.align import Tokens, align, refuse_where_unused
+from mergekit_lr.tokenizer.compare import check_vocabularies
+from mergekit_lr.tokenizer.files import with_template, with_tokens
+from mergekit_lr.tokenizer.source import open_source
 
 DEFAULT_SHARD = "5GB"
 
@@ -57,6 +61,7 @@ class Plan:
     outline: Outline | None = None
     prepared: Path | None = None
     bandwidth: int | None = None
+    tokens: Tokens | None = None
 
     @property
     def kind(self) -> Kind:
@@ -164,6 +169,8 @@ def planned(
     with ExitStack() as stack:
         with _without_collector():
             inputs = _opened(loaded, stack, allow_pickle, headers_only)
+            inputs, tokens = align(loaded, inputs, _tokenizer(loaded, inputs, stack))
+            refuse_where_unused(loaded, tokens, _kind(loaded))
         settings = Settings(choose_device(device), max_memory, threads, parse_size(shard_size))
         prepared = None
         if prepare is not None and isinstance(loaded.method, Rewrite) and loaded.method.prepares:
@@ -172,7 +179,7 @@ def planned(
                 opened.close()
             prepared = prepare(loaded, inputs, settings)
         with _without_collector():
-            plan = _lay_out(loaded, inputs, settings, prepared)
+            plan = _lay_out(loaded, inputs, settings, prepared, tokens)
             for name in plan.inputs.keys() - inputs.keys():
                 stack.callback(plan.inputs[name].close)
         if not headers_only:
@@ -195,10 +202,7 @@ def _without_collector() -> Iterator[None]:
 def _opened(recipe: Recipe, stack: ExitStack, allow_pickle: bool, headers_only: bool) -> dict[str, Checkpoint]:
     """Every model that the recipe names, by what it calls it; closed with ``stack``."""
     inputs: dict[str, Checkpoint] = {}
-    references = recipe.references()
-    if recipe.tokenizer_source is not None:
-        references = (*references, recipe.tokenizer_source)
-    for reference in dict.fromkeys(references):
+    for reference in recipe.references():
         opened = open_model(reference, allow_pickle=allow_pickle, headers_only=headers_only)
         stack.callback(opened.close)
         _check_kind(opened, reads_bundles=isinstance(recipe.method, Rewrite) and recipe.method.reads_bundles)
@@ -207,6 +211,16 @@ def _opened(recipe: Recipe, stack: ExitStack, allow_pickle: bool, headers_only: 
     for checkpoint in beside.values():
         stack.callback(checkpoint.close)
     return inputs | beside
+
+
+def _tokenizer(recipe: Recipe, inputs: Mapping[str, Checkpoint], stack: ExitStack) -> Checkpoint:
+    """The model that the output's tokenizer comes from; one that is not merged is opened for its small files."""
+    source = recipe.tokenizer_source
+    if str(source) in inputs:
+        return inputs[str(source)]
+    opened = open_source(source)
+    stack.callback(opened.close)
+    return opened
 
 
 def _check_kind(opened: Checkpoint, *, reads_bundles: bool) -> None:
@@ -237,7 +251,9 @@ class Settings:
 Prepare: TypeAlias = Callable[[Recipe, dict[str, Checkpoint], Settings], Path]
 
 
-def _lay_out(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, prepared: Path | None) -> Plan:
+def _lay_out(
+    recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, prepared: Path | None, tokens: Tokens | None
+) -> Plan:
     method, outline = recipe.method, None
     if isinstance(method, Rewrite):
         outline = method.outline(recipe, inputs, prepared)
@@ -246,14 +262,14 @@ def _lay_out(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, 
     else:
         graph = build_graph(recipe, inputs)
     merged = [inputs[m] for m in graph.models if outline is None or m not in outline.extra]
-    if not (isinstance(method, Rewrite) and method.aligns_tokens):
+    if tokens is None and not (isinstance(method, Rewrite) and method.aligns_tokens):
         check_vocabularies(merged)
     kind = _kind(recipe)
     stem = "adapter_model" if kind == "adapter" else kind
     layout = lay_out(graph.sinks, sys.maxsize if kind == "adapter" else settings.shard_size, stem)
     slicing = {i: slicing_of(s) for i, s in enumerate(graph.sinks)}
     budget = make_budget(graph, slicing, settings.limit, settings.threads, settings.device)
-    config, files, warnings = _small_files(recipe, inputs, graph, merged, outline)
+    config, files, warnings = _small_files(recipe, inputs, graph, merged, outline, tokens)
     if kind == "adapter":
         config, files = None, {}
     if kind == "bundle":
@@ -262,9 +278,8 @@ def _lay_out(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, 
         files |= outline.files
         warnings += outline.warnings
     units = units_of(graph, budget.threads)
-    return Plan(
-        recipe, inputs, graph, layout, budget, units, settings.device, config, files, warnings, outline, prepared
-    )
+    laid = (recipe, inputs, graph, layout, budget, units, settings.device, config, files, warnings)
+    return Plan(*laid, outline, prepared, tokens=tokens)
 
 
 def _small_files(
@@ -273,16 +288,25 @@ def _small_files(
     graph: MergeGraph,
     merged: Sequence[Checkpoint],
     outline: Outline | None,
+    tokens: Tokens | None,
 ) -> tuple[bytes | None, dict[str, bytes], list[str]]:
     """The output's config, what is carried over beside it, and warnings about everything that was found."""
-    tokenizer = inputs[str(recipe.tokenizer_source)] if recipe.tokenizer_source else merged[0]
+    tokenizer = tokens.source if tokens else merged[0]
     picked = None if graph.layers is None else [(merged[m], layer) for m, layer in graph.layers]
     whole = _kind(recipe) == "model"
     dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED} if whole else set()
     edited = None if outline is None else outline.config
+    if tokens is not None and edited is None:
+        merged = [replace(merged[0], config=tokens.config), *merged[1:]]
     config, config_warnings = merged_config(merged[0], dtypes, picked, edited)
     files, file_warnings = carried_over(merged[0], tokenizer)
-    warnings = [*recipe.warnings, *config_warnings, *file_warnings]
+    warnings = [*recipe.warnings, *config_warnings, *file_warnings, *(tokens.warnings if tokens else ())]
+    if tokens is not None:
+        files, token_warnings = with_tokens(files, tokens)
+        warnings += token_warnings
+    if recipe.chat_template is not None:
+        files, template_warnings = with_template(files, recipe.chat_template, merged)
+        warnings += template_warnings
     if whole:
         warnings += [f"the output's config.json: {p}" for p in _contradictions(config, graph)]
     if isinstance(recipe.method, Method):

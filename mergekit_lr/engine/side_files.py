@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_lr.arch.by_layer import relayered
-from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
-from mergekit_lr.errors import CheckpointError, join_problems
+from mergekit_lr.checkpoint.model import Checkpoint, inside
+from mergekit_lr.errors import CheckpointError
+from mergekit_lr.tokenizer.vocabulary import tokenizer_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,6 +22,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "tiktoken.model",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -38,18 +40,20 @@ def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str
     """Small files taken as they are, by an allow-list: (name -> bytes, warnings)."""
     files: dict[str, bytes] = {}
     warnings: list[str] = []
-    for checkpoint, names in ((reference, OTHER_FILES), (tokenizer, TOKENIZER_FILES)):
-        if checkpoint.folder is None:
-            continue
-        for name in names:
-            path = checkpoint.folder / name
+    for checkpoint, folder, names in (
+        (reference, reference.folder, OTHER_FILES),
+        (tokenizer, tokenizer_folder(tokenizer), TOKENIZER_FILES),
+    ):
+        for name in names if folder is not None else ():
+            assert folder is not None
+            path = folder / name
             if not path.is_file():
                 continue
             if path.stat().st_size > LARGEST_FILE:
                 warnings.append(f"{checkpoint.reference}: {name} is over 64 MiB and is not carried over")
                 continue
             try:
-                files[name] = inside(checkpoint.folder, name).read_bytes()
+                files[name] = inside(folder, name).read_bytes()
             except CheckpointError as e:  # a link out of the folder: not followed, and said
                 warnings.append(f"{checkpoint.reference}: {name} is not carried over ({e})")
     return files, warnings
@@ -87,51 +91,3 @@ def merged_config(
         for key in known:
             config[key] = TORCH_NAMES[floating[0]]
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), warnings
-
-
-def vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
-    """Token string -> id from tokenizer.json, added tokens included; None where there is no such file."""
-    path = checkpoint.folder / "tokenizer.json" if checkpoint.folder else None
-    if path is None or not path.exists():
-        return None
-    content = read_json(path)
-    vocab = content.get("model", {}).get("vocab") if isinstance(content, dict) else None
-    if isinstance(vocab, list):  # unigram: [[token, score], ...]
-        vocab = {entry[0]: i for i, entry in enumerate(vocab)}
-    if not isinstance(vocab, dict):
-        return None
-    added = {t["content"]: t["id"] for t in content.get("added_tokens", []) if isinstance(t, dict)}
-    return {**vocab, **added}
-
-
-def check_vocabularies(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse inputs whose tokens have different ids: row i of the embeddings would mean different tokens.
-
-    Raises:
-        CheckpointError: names the first tokens that differ. Models without tokenizer.json are not compared.
-    """
-    reference: tuple[str, dict[str, int]] | None = None
-    problems: list[str] = []
-    for checkpoint in checkpoints:
-        found = vocabulary(checkpoint)
-        if found is None:
-            continue
-        if reference is None:
-            reference = (checkpoint.reference, found)
-            continue
-        name, own = reference
-        differ = sorted(t for t in own.keys() & found.keys() if own[t] != found[t])
-        only = sorted(found.keys() - own.keys())
-        missing = sorted(own.keys() - found.keys())
-        # A token that only one of them has is harmless unless another token stands at its id.
-        taken = set(own.values())
-        moved = [t for t in only if found[t] in taken]
-        if differ or moved:
-            shown = ", ".join(repr(t) for t in (differ or moved)[:3])
-            problems.append(
-                f"{checkpoint.reference}: {len(differ) or len(moved)} tokens have other ids than in {name} "
-                f"(for example {shown}; {len(only)} tokens only here, {len(missing)} only there); "
-                "merge models that share one tokenizer"
-            )
-    if problems:
-        raise join_problems(CheckpointError, problems)

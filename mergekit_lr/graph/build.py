@@ -63,7 +63,10 @@ class _Builder:
         if found.shape != info.shape:
             hint = "merge models of one architecture and size"
             if "embed" in name or "lm_head" in name or "wte" in name:
-                hint = "the vocabularies differ; resize one model's embeddings to the other's tokenizer first"
+                hint = (
+                    f"the vocabularies differ by {abs(found.shape[0] - info.shape[0])} rows; add `tokenizer_source: "
+                    "union` or `tokenizer_source: base`, and rows follow the tokens"
+                )
             self.problems.append(
                 f"{model}: tensor {name!r} has shape {list(found.shape)} where {place.template[0]} has "
                 f"{list(info.shape)}; {hint}"

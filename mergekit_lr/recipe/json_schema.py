@@ -14,6 +14,7 @@ from mergekit_lr.recipe.catalogue import plugins, value_schema
 from mergekit_lr.recipe.entries import MAX_SLICES, MODEL_NAME
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.schema import DTYPES, NONFINITE
+from mergekit_lr.recipe.tokens import MAX_PAD, TEMPLATES
 from mergekit_lr.recipe.walk import MAX_SEED
 from mergekit_lr.registry import builtin_methods
 
@@ -71,9 +72,12 @@ def _root(names: list[str]) -> dict[str, Any]:
         "parameters": parameters,
         "dtype": {"enum": [*DTYPES, None], "description": "dtype to write, unless out_dtype says otherwise"},
         "out_dtype": {"enum": [*DTYPES, None], "description": "dtype to write"},
-        "tokenizer_source": {
+        "tokenizer_source": {**_tokenizer_source(), "description": "short for `tokenizer: {source: ...}`"},
+        "tokenizer": _tokenizer(),
+        "chat_template": {
             "type": ["string", "null"],
-            "description": "`base`, or the listed model whose tokenizer the output gets",
+            "pattern": rf"^(auto|{'|'.join(TEMPLATES)})$|\{{[{{%]",
+            "description": f"`auto` (what most models have), {', '.join(TEMPLATES)}, or a template in Jinja",
         },
         "seed": {**seed, "description": "decides everything random (default 0)"},
         "random_seed": {**seed, "description": "another name of seed"},
@@ -82,6 +86,51 @@ def _root(names: list[str]) -> dict[str, Any]:
         "permutations": {
             "type": ["string", "null"],
             "description": "`auto`, the name of a model family, or a file, for methods that align neurons",
+        },
+    }
+
+
+def _tokenizer_source() -> dict[str, Any]:
+    return {
+        "type": ["string", "null"],
+        "minLength": 1,
+        "description": "`union`, `base`, or the model whose tokens the output knows (default union)",
+    }
+
+
+def _tokenizer() -> dict[str, Any]:
+    """The section on the output's tokens."""
+    reference = {"type": "string", "minLength": 1, "description": "a model of the recipe"}
+    token = {"token": {"type": "string", "minLength": 1}, "token_id": {"type": "integer", "minimum": 0}}
+    model_token = {
+        "type": "object",
+        "required": ["kind", "model"],
+        "additionalProperties": False,
+        "oneOf": [{"required": ["token"]}, {"required": ["token_id"]}],
+        "properties": {"kind": {"const": "model_token"}, "model": reference, **token},
+    }
+    zero = {
+        "type": "object",
+        "required": ["kind"],
+        "additionalProperties": False,
+        "properties": {"kind": {"const": "zero"}},
+    }
+    rule = {
+        "type": ["object", "null"],
+        "additionalProperties": False,
+        "properties": {
+            "source": {"anyOf": [reference, model_token, zero, {"type": "null"}]},
+            "force": {"type": ["boolean", "null"], "description": "also where a model has a row of its own"},
+        },
+    }
+    return {
+        "type": ["object", "null"],
+        "description": "the tokens that the output knows, and where their embeddings come from",
+        "additionalProperties": False,
+        "properties": {
+            "source": _tokenizer_source(),
+            "tokens": {"type": ["object", "null"], "additionalProperties": rule, "description": "single tokens"},
+            "pad_to_multiple_of": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_PAD},
         },
     }
 

@@ -15,6 +15,7 @@ from mergekit_lr.recipe.calibration import Calibration
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.groups import Group, ModelEntry, Slice, build_groups
 from mergekit_lr.recipe.parameters import Chain, Rule, Scope, plain_chain
+from mergekit_lr.recipe.tokens import TokenizerSection
 
 Nonfinite = Literal["error", "warn", "allow"]
 
@@ -27,10 +28,10 @@ class Recipe:
     """A checked recipe. Made by `mergekit_lr.recipe.load.load_recipe`; frozen.
 
     It lists whole ``models`` or has ``slices``; the other is empty, and ``groups`` is the view that both have.
-    ``dtype`` and ``out_dtype`` are names of torch dtypes or None; ``tokenizer_source`` is the model whose tokenizer
-    the output gets (None: that of `config_source`); ``calibration`` and ``permutations`` are for the methods that use
-    them (`Declared.settings`); ``text`` is the exact YAML, ``origin`` the file
-    it came from; ``warnings`` are lines about what is legal but probably not meant.
+    ``dtype`` and ``out_dtype`` are names of torch dtypes or None; ``tokenizer`` says which tokens the output knows
+    (None: those that all inputs share), ``chat_template`` how it puts a conversation; ``calibration`` and
+    ``permutations`` are for the methods that use them (`Declared.settings`); ``text`` is the exact YAML, ``origin``
+    the file it came from; ``warnings`` are lines about what is legal but probably not meant.
     """
 
     merge_method: str
@@ -41,7 +42,8 @@ class Recipe:
     parameters: Scope = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: ModelReference | None = None
+    tokenizer: TokenizerSection | None = None
+    chat_template: str | None = None
     seed: int = 0
     nonfinite: Nonfinite = "error"
     calibration: Calibration | None = None
@@ -67,6 +69,12 @@ class Recipe:
         if self.base_model or not self.slices:
             return self.base_model or self.models[0].reference
         return self.slices[0].base_model or self.slices[0].sources[0].reference
+
+    @property
+    def tokenizer_source(self) -> ModelReference:
+        """The model whose tokenizer the output's is, or is made from."""
+        source = self.tokenizer.source if self.tokenizer else "base"
+        return source if isinstance(source, ModelReference) else self.config_source
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -121,9 +129,10 @@ class Recipe:
             "parameters": shared,
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
-            "tokenizer_source": str(self.tokenizer_source or self.config_source),
             "seed": self.seed,
             "nonfinite": self.nonfinite,
+            **({"tokenizer": self.tokenizer.plain()} if self.tokenizer else {}),
+            **({"chat_template": self.chat_template} if self.chat_template else {}),
             **({"calibration": self.calibration.plain()} if self.calibration else {}),
             **({"permutations": self.permutations} if self.permutations else {}),
         }

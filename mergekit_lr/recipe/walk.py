@@ -19,6 +19,7 @@ from mergekit_lr.recipe.parameters import Scope
 from mergekit_lr.recipe.problems import Problems, nearest, shown
 from mergekit_lr.recipe.schema import DTYPES, NONFINITE, Recipe
 from mergekit_lr.recipe.scope import ScopeReader
+from mergekit_lr.recipe.tokens import TokenReader
 from mergekit_lr.recipe.whole import SliceCheck, WholeCheck, check_combinations
 from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar
 from mergekit_lr.registry import get_method, method_names
@@ -32,6 +33,8 @@ ROOT_KEYS = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "tokenizer",
+    "chat_template",
     "seed",
     "nonfinite",
     "calibration",
@@ -40,8 +43,6 @@ ROOT_KEYS = (
 SYNONYMS = {"random_seed": "seed"}
 UNSUPPORTED = {
     "modules": "give whole models under `models`, or layers of the language model under `slices`",
-    "tokenizer": "use `tokenizer_source: base` or one of the listed models",
-    "chat_template": "remove it; the output keeps the template of the model its tokenizer comes from",
 }
 UNREAD_LAYOUTS = {"modules"}
 NEEDED = {"calibration": "add `calibration: {text: [FILE]}`", "permutations": "add `permutations: auto`"}
@@ -82,12 +83,14 @@ class _Walk:
         shared, tried = self._shared_parameters()
         models, slices = self._listed()
         listed = [*models, *(s for part in slices for s in part.sources)]
+        tokens = TokenReader(self.problems, _distinct_references(base, listed))
         settings: dict[str, Any] = {
             "dtype": self._choice("dtype", DTYPES),
             "out_dtype": self._choice("out_dtype", DTYPES),
             "nonfinite": self._choice("nonfinite", NONFINITE) or "error",
             "seed": self._seed(),
-            "tokenizer_source": self._tokenizer_source(listed, base),
+            "tokenizer": tokens.section(self.entries),
+            "chat_template": tokens.chat_template(self._scalar("chat_template")),
             "calibration": self._calibration(),
             "permutations": self._permutations(),
         }
@@ -241,23 +244,6 @@ class _Walk:
             return None
         return self.reader.reference(entry.value, "base_model")
 
-    def _tokenizer_source(self, models: list[ListedModel], base: ModelReference | None) -> ModelReference | None:
-        """The model meant; None for the model that the config comes from."""
-        node = self._scalar("tokenizer_source")
-        if node is None or node.value == "base":
-            return base
-        for reference in (base, *(m.reference for m in models)):
-            if reference is not None and str(reference) == node.value:
-                return reference
-        what = "is not supported" if node.value == "union" else "is neither `base` nor a model of this recipe"
-        self.problems.add(
-            node.mark,
-            "tokenizer_source",
-            f"{shown(node.value)} {what}",
-            "write `base` or a model exactly as the recipe names it",
-        )
-        return None
-
     def _listed(self) -> tuple[list[ListedModel], list[ListedSlice]]:
         """The entries of ``models`` or of ``slices``; a recipe has one of the two."""
         models, slices = self.entries.get("models"), self.entries.get("slices")
@@ -291,3 +277,8 @@ class _Walk:
         if SYNONYMS.get(key, key) in ROOT_KEYS:
             return Hint(f"{key} is a key of the recipe itself, not a parameter")
         return unused(key, self.method.name)
+
+
+def _distinct_references(base: ModelReference | None, listed: list[ListedModel]) -> tuple[ModelReference, ...]:
+    every = (base, *(m.reference for m in listed))
+    return tuple(dict.fromkeys(r for r in every if r is not None))

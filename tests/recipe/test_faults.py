@@ -145,10 +145,27 @@ FAULTS = [
     (linear().replace("linear", "¦linear").replace("weight: 1}", "weight: 0}"), "the weights sum to zero"),
     (linear().replace("linear", "¦linear").replace("1}", "[1, -1]}", 1), "the weights sum to zero"),
     # what is not supported
-    (linear("¦chat_template: chatml\n"), "chat_template: is not supported"),
-    (linear("¦tokenizer: {source: union}\n"), "tokenizer: is not supported"),
-    (linear("tokenizer_source: ¦union\n"), "'union' is not supported"),
-    (linear("tokenizer_source: ¦./c\n"), "is neither `base` nor a model of this recipe"),
+    # tokens
+    (linear("chat_template: ¦chatlm\n"), "chat_template: 'chatlm' is no chat template; did you mean 'chatml'?"),
+    (linear("tokenizer: ¦union\n"), "tokenizer: must be a mapping; write `tokenizer: {source: union}`"),
+    (linear("¦tokenizer_source: base\ntokenizer: {source: union}\n"), "cannot stand beside tokenizer"),
+    (linear("tokenizer_source: ¦[a]\n"), "must be `union`, `base` or a model"),
+    (linear("tokenizer_source: ¦a+b+c\n"), "has more than one adapter"),
+    (linear("tokenizer: {¦sorce: base}\n"), "tokenizer.sorce: unknown key; did you mean 'source'?"),
+    (linear("tokenizer: {pad_to_multiple_of: ¦0}\n"), "0 is no count of rows; write a whole number from 1"),
+    (linear("tokenizer: {tokens: ¦[a]}\n"), "must map tokens to their sources"),
+    (linear("tokenizer: {tokens: {a: ¦./a}}\n"), "tokenizer.tokens.a: must be a mapping"),
+    (linear("tokenizer: {tokens: {a: {¦forse: true}}}\n"), "unknown key; did you mean 'force'?"),
+    (linear("tokenizer: {tokens: {a: {source: ./a, force: ¦1}}}\n"), "force: must be true or false"),
+    (linear("tokenizer: {tokens: {a: ¦{force: true}}}\n"), "force has nothing to force"),
+    (linear("tokenizer: {tokens: {a: {source: ¦./c}}}\n"), "'./c' is no model of this recipe"),
+    (linear("tokenizer: {tokens: {a: {source: {kind: ¦zeros}}}}\n"), "unknown kind 'zeros'; did you mean 'zero'?"),
+    (linear("tokenizer: {tokens: {a: {source: ¦{kind: model_token, model: ./a}}}}\n"), "names no token"),
+    (linear("tokenizer: {tokens: {a: {source: {kind: model_token, model: ¦./c, token: b}}}}\n"), "'./c' is no model"),
+    (
+        linear("tokenizer: {tokens: {a: {source: {kind: model_token, model: ./a, token_id: ¦-1}}}}\n"),
+        "-1 is no token_id",
+    ),
     ("merge_method: passthrough\n¦modules: {}\n", "modules: is not supported"),
 ]
 

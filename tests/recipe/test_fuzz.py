@@ -91,6 +91,8 @@ documents = st.fixed_dictionaries(
         "dtype": trees,
         "seed": trees,
         "tokenizer_source": trees,
+        "tokenizer": st.dictionaries(st.sampled_from(["source", "tokens", "pad_to_multiple_of"]), trees) | trees,
+        "chat_template": trees,
         "nonfinite": trees,
     },
 )

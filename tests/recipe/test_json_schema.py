@@ -62,7 +62,10 @@ def accepts(s: dict[str, Any], v: Any) -> bool:
         "then": lambda x: True,
         "required": lambda x: not isinstance(v, dict) or all(k in v for k in x),
         "properties": lambda x: not isinstance(v, dict) or all(accepts(p, v[k]) for k, p in x.items() if k in v),
-        "additionalProperties": lambda x: x or not isinstance(v, dict) or set(v) <= set(s["properties"]),
+        "additionalProperties": lambda x: all(
+            x is True or (isinstance(x, dict) and accepts(x, v[k]))
+            for k in (set(v) - set(s.get("properties", {})) if isinstance(v, dict) else ())
+        ),
         "items": lambda x: not isinstance(v, list) or all(accepts(x, i) for i in v),
         "minItems": lambda x: not isinstance(v, list) or len(v) >= x,
         "pattern": lambda x: not isinstance(v, str) or re.search(x, v) is not None,
@@ -116,6 +119,10 @@ GOOD = [
     base(parameters={"weight": 1, "lambda": [1, 2], "normalize": [True, False]}),
     base(parameters={"threshold_scope": "model"}, dtype="float32", out_dtype="bfloat16", seed=3),
     base(parameters=None, dtype=None, tokenizer_source="base", nonfinite="warn"),
+    base(tokenizer={"source": "union", "pad_to_multiple_of": 64, "tokens": {"a": {"source": "./a", "force": True}}}),
+    base(tokenizer={"tokens": {"a": {"source": {"kind": "zero"}}, "b": None}}, chat_template="chatml"),
+    base(tokenizer={"tokens": {"a": {"source": {"kind": "model_token", "model": "./a", "token_id": 3}}}}),
+    base(chat_template="{{ messages }}"),
     {"merge_method": "slerp", "base_model": "./a", "models": [{"model": "./b"}], "parameters": {"t": 0.3}},
     {"merge_method": "linear", "models": own()},
     {
@@ -142,6 +149,11 @@ BAD = [
     base(merge_method="teis"),
     base(dtpye="float32"),
     base(dtype="float17"),
+    base(tokenizer={"sorce": "union"}),
+    base(tokenizer={"pad_to_multiple_of": 0}),
+    base(tokenizer={"tokens": {"a": {"source": {"kind": "model_token", "model": "./a"}}}}),
+    base(tokenizer={"tokens": {"a": {"source": {"kind": "zeros"}}}}),
+    base(chat_template="chatlm"),
     base(base_model=None),
     {"merge_method": "weight_matching", "models": own(densty=1), "parameters": {"then": "ties"}},
     base(models=own(densty=1)),

@@ -73,7 +73,8 @@ def test_what_the_text_says_is_what_the_fields_hold(tmp_path: Path) -> None:
 
 def test_defaults() -> None:
     r = recipe("linear", ["./a", "./b"], weight=1)
-    assert (r.dtype, r.out_dtype, r.output_dtype, r.tokenizer_source) == (None, None, None, None)
+    assert (r.dtype, r.out_dtype, r.output_dtype, r.tokenizer, r.chat_template) == (None, None, None, None, None)
+    assert str(r.tokenizer_source) == "./a"
     assert (r.seed, r.nonfinite, r.origin) == (0, "error", None)
     assert str(r.config_source) == "./a"
 
@@ -170,6 +171,7 @@ def test_warnings() -> None:
 # Canonical form and digest
 
 SAME = [
+    ("tokenizer_source: ./math", "tokenizer: {source: ./math, tokens: null}"),
     ("dtype: float32\n", "dtype: 'float32'\n"),
     ("lambda: 2\n", "lambda: 2.0\n"),
     ("lambda: 2\n", "lambda: [2]\n"),
@@ -195,6 +197,9 @@ OTHER = [
     ("out_dtype: bfloat16", "out_dtype: float16"),
     ("dtype: float32", "dtype: float16"),
     ("tokenizer_source: ./math", "tokenizer_source: base"),
+    ("tokenizer_source: ./math", "tokenizer: {source: ./math, pad_to_multiple_of: 8}"),
+    ("tokenizer_source: ./math", "tokenizer: {source: ./math, tokens: {a: {source: ./base}}}"),
+    ("tokenizer_source: ./math", "tokenizer_source: ./math\nchat_template: chatml"),
     ("random_seed: 7", "random_seed: 8"),
     ("nonfinite: warn", "nonfinite: allow"),
 ]
@@ -237,7 +242,6 @@ def test_the_canonical_form_writes_every_default_out() -> None:
         "parameters": {"normalize": True},
         "dtype": None,
         "out_dtype": None,
-        "tokenizer_source": "./a",
         "seed": 0,
         "nonfinite": "error",
     }
@@ -248,7 +252,7 @@ def test_the_digest_is_the_same_in_every_process() -> None:
     assert recipe("linear", ["./a", "./b"], weight=0.5).digest() == DIGEST
 
 
-DIGEST = "624ecb514eaca0f81185f44401e8c2a051f05d21aaba73ccedc9dd53fb4c2c7e"
+DIGEST = "16ec32e6321cd9e16baeef68ab5b03fa1182912877ae0d6f262c4e0b298356d5"
 
 number = st.floats(0, 1)
 leaf = number | st.lists(number, min_size=1, max_size=4)

@@ -82,8 +82,8 @@ REFUSED = {
     "zero sum": "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: 1}}, "
     "{model: ./b, parameters: {weight: -1}}]\n",
     "modules": "merge_method: linear\nmodules: {text: {models: [{model: ./a, parameters: {weight: 1}}]}}\n",
-    "tokenizer": "merge_method: linear\ntokenizer: {source: union}\nmodels: [{model: ./a, parameters: {weight: 1}}]\n",
-    "union": "merge_method: linear\ntokenizer_source: union\nmodels: [{model: ./a, parameters: {weight: 1}}]\n",
+    "token": "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: 1}}]\n"
+    "tokenizer: {tokens: {x: {source: {kind: model_token, model: ./c, token: y}}}}\n",
 }
 
 
