@@ -263,6 +263,10 @@ def run(path: Path, part: str) -> None:
         from dense_scales import scaled_rows
 
         scaled_rows(bench, results)
+    if part in ("all", "rows_fitted"):
+        from dense_rows import row_scales
+
+        row_scales(bench, results)
 
 
 def one_row(bench: Bench, results: Results, name: str, make: Callable[[], dict[str, Tensor]]) -> None:

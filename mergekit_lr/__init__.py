@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
     from mergekit_lr.evaluation import evaluate as evaluate
+    from mergekit_lr.fitting import fit_scales as fit_scales
     from mergekit_lr.lowrank.extract import extract_lora as extract_lora
     from mergekit_lr.matching.barrier import barrier as barrier
     from mergekit_lr.recipe import load_recipe as load_recipe
@@ -42,6 +43,7 @@ _HOMES = {
     "evaluate": "mergekit_lr.evaluation",
     "extract_lora": "mergekit_lr.lowrank.extract",
     "barrier": "mergekit_lr.matching.barrier",
+    "fit_scales": "mergekit_lr.fitting",
     "curvature": "mergekit_lr.curvatures.api",
     "curvature_report": "mergekit_lr.curvatures.report",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "curvature_report",
     "evaluate",
     "extract_lora",
+    "fit_scales",
     "inspect",
     "load_recipe",
     "merge",

@@ -75,16 +75,23 @@ class Companion:
     """Tensors that a method reads beside each model's weights, from a file that a parameter names.
 
     ``parameter``: the `PerModel` parameter (a text) with the path. ``suffixes``: the entry for weight W is called W
-    plus one of these, the first that is there. ``gram``: entries are ``[n, n]`` for a weight ``[.., n]`` and given
-    whole; otherwise they have the weight's own shape, or are its row and column sums (``.row``, ``.col``), and are cut
-    as it is cut. ``nonnegative``: negative values are refused. ``make`` says how such a file is made.
+    plus one of these, the first that is there. ``layout``: ``same``, the weight's own shape, or its row and column sums
+    (``.row``, ``.col``), cut as the weight is cut; ``gram``, ``[n, n]`` for a weight ``[.., n]``; ``rows``, one number
+    for each row of the weight, ``[m]`` for ``[m, ..]``. The last two are given whole. ``nonnegative``: negative values
+    are refused. ``make`` says how such a file is made.
     """
 
     parameter: str
     suffixes: tuple[str, ...]
     make: str
-    gram: bool = False
+    layout: Literal["same", "gram", "rows"] = "same"
     nonnegative: bool = False
+
+    def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an entry for a weight of this shape."""
+        if self.layout == "gram":
+            return (weight[-1],) * 2
+        return weight[:1] if self.layout == "rows" else weight
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,8 @@ class Piece:
     ``tensors``: fp32, one per model, deltas if the method's space is delta. ``base``: the same part of the base
     in fp32, when there is one. ``start``: index of the first element in the flattened tensor. ``counts``: what
     ``merge`` wants said of this piece in the report, by name; added up over the tensor and over the model. ``extra``:
-    each model's companion in fp32, the same part as ``tensors``, or a whole Gram; empty where the tensor has none.
+    each model's companion in fp32, the same part as ``tensors`` or whole (`Companion.layout`); empty where the tensor
+    has none.
     """
 
     tensors: list[Tensor]

@@ -130,7 +130,7 @@ def apply(
         facts=tuple(tuple(sorted(f.items())) for f in facts or [{} for _ in extra]),
     )
     beside = [x.detach().to(torch.float32) for x in extra]
-    gram = method.companion is not None and method.companion.gram
+    entire = method.companion is not None and method.companion.layout != "same"
     delta = method.space(base is not None) is Space.DELTA
     flat = [t.detach().to(torch.float32).reshape(-1) for t in tensors]
     reference = None if base is None else base.detach().to(torch.float32).reshape(-1)
@@ -138,7 +138,7 @@ def apply(
     def piece(span: Span) -> Piece:
         b = None if reference is None else reference[span.start : span.stop].reshape(span.shape)
         cut = [t[span.start : span.stop].reshape(span.shape) for t in flat]
-        more = beside if gram else [x.reshape(-1)[span.start : span.stop].reshape(span.shape) for x in beside]
+        more = beside if entire else [x.reshape(-1)[span.start : span.stop].reshape(span.shape) for x in beside]
         return Piece([t - b for t in cut] if delta and b is not None else cut, b, span.start, extra=more)
 
     def look(wanted: Pass[Any, Any]) -> Any:

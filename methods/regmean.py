@@ -34,7 +34,7 @@ class RegMean(Method):
         parameter="statistics",
         suffixes=(".gram",),
         make="make one with: mergekit-lr calibrate MODEL OUT.safetensors --text FILE --grams linear",
-        gram=True,
+        layout="gram",
     )
 
     class Merge(Parameters):

@@ -1,4 +1,4 @@
-"""Commands about curvature."""
+"""Commands about curvature, and scales that are fitted on text."""
 
 from __future__ import annotations
 
@@ -104,3 +104,51 @@ def curvature_report(
         print_json(found.to_dict())
     else:
         print("\n".join(found.lines()))
+
+
+@command
+def fit_scales(
+    recipe: RecipePath,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE...", help="Text to fit on, one file for each domain; several may follow.", show_default=False
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences of text, spread over the texts.")] = 128,
+    sequence_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a sequence.")] = 256,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of Adam; the best is kept.")] = 24,
+    rate: Annotated[float, typer.Option(metavar="X", help="Adam's step size.")] = 0.1,
+    start: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Every scale to begin with. [default: 1 / number of models]", show_default=False
+        ),
+    ] = None,
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of scales.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit the scales of a row_scales RECIPE on text and write the files it names."""
+    from mergekit_lr.fitting import fit_scales as fit
+
+    result = fit(
+        recipe,
+        [*(text or []), *(more or [])],
+        samples=samples,
+        sequence_length=sequence_length,
+        steps=steps,
+        rate=rate,
+        start=start,
+        device=device,
+        max_memory=max_memory,
+        overwrite=overwrite,
+        tell=None if quiet else lambda done, total, what: say(f"{done}/{total} {what}"),
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print("\n".join(map(str, result.files)))

@@ -63,7 +63,7 @@ def fisher_diagonal(
     tokens = 0
     generator = torch.Generator().manual_seed(seed)
     try:
-        for ids in _sequences(tokenizer, texts, samples, sequence_length):
+        for ids in sequences(tokenizer, texts, samples, sequence_length):
             _one(network, ids.to(network.device), generator, labels == "sampled")
             tokens += len(ids) - 1
     finally:
@@ -86,7 +86,7 @@ def _check_memory(network: Any, form: str, max_memory: str | int | None) -> None
         )
 
 
-def _sequences(tokenizer: Any, texts: Sequence[str | Path], samples: int, length: int) -> Iterator[Tensor]:
+def sequences(tokenizer: Any, texts: Sequence[str | Path], samples: int, length: int) -> Iterator[Tensor]:
     """Token ids of ``samples`` sequences: each text gives its share, evenly spread over it."""
     for i, path in enumerate(texts):
         wanted = samples // len(texts) + (i < samples % len(texts))

@@ -140,13 +140,13 @@ class Worker:
         """The companions of a piece in fp32, cut as it is or whole; checked."""
         if not operation.companions:
             return []
-        if operation.whole:
-            n = operation.call.shape[-1]
-            found = [read.values[s].to(torch.float32).view(n, n) for s in operation.companions]
-        else:
-            found = [x.view(span.shape) for x in wide]
         companion = tensor_method(operation.method).companion
         assert companion is not None
+        if operation.whole:
+            shape = companion.shape(operation.call.shape)
+            found = [read.values[s].to(torch.float32).view(shape) for s in operation.companions]
+        else:
+            found = [x.view(span.shape) for x in wide]
         for x, source in zip(found, operation.companions, strict=True):
             check_companion(x, companion, self.job.checkpoints[source.model].reference, source.tensor)
         return found

@@ -53,7 +53,7 @@ def open_companions(recipe: Recipe) -> dict[str, Checkpoint]:
                 companion.suffixes,
                 what=companion.parameter,
                 make=companion.make,
-                factored=not companion.gram,
+                factored=companion.layout == "same",
             )
     except BaseException:
         for checkpoint in opened.values():
@@ -98,7 +98,7 @@ class Lookup:
         if lacking or not all(fit):
             return None
         facts = tuple(self._file(p).facts for p in paths)
-        whole = sum(self._info(s).numel for s in found) if self.companion.gram else 0
+        whole = sum(self._info(s).numel for s in found) if self.companion.layout != "same" else 0
         return Beside(replace(call, facts=facts), tuple(found), whole)
 
     def _file(self, path: str) -> CompanionFile:
@@ -120,7 +120,7 @@ class Lookup:
     def _fits(self, call: Call, source: Source) -> bool:
         file = self.files[source.model - len(self.models)]
         found = self._info(source).shape
-        wanted = (call.shape[-1],) * 2 if self.companion.gram else call.shape
+        wanted = self.companion.shape(call.shape)
         if found == wanted:
             return True
         hint = "make the file again from this very model"

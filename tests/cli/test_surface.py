@@ -42,6 +42,10 @@ SURFACE = {
         *("--sequence-length", "--labels", "--seed", "--device", "--max-memory", "--overwrite", "--json", "--quiet -q"),
     ],
     "curvature-report": ["RECIPE", "--plots", "--json"],
+    "fit-scales": [
+        *("RECIPE", "--text", "--samples", "--sequence-length", "--steps", "--rate", "--start"),
+        *("--device", "--max-memory", "--overwrite", "--json", "--quiet"),
+    ],
     "extract-lora": [
         *("MODEL", "BASE", "OUT", "--rank", "--energy", "--embeddings", "--include", "--exclude", "--dtype"),
         *("--device", "--max-memory", "--threads", "--resume/--restart", "--overwrite", "--allow-pickle"),

@@ -21,6 +21,7 @@ WEIGHTS = [{"weight": 0.5}, {"weight": 0.3}, {"weight": 0.2}]
 DENSITIES = [{"weight": 0.5, "density": 0.5}, {"weight": 0.3, "density": 0.7}, {"weight": 0.2, "density": 0.4}]
 NONE: list[dict[str, Any]] = [{}, {}, {}]
 CURVED = [{"curvature": "a"}, {"curvature": "b", "weight": 2.0}, {"curvature": "c"}]
+SCALES = [{"scales": "a"}, {"scales": "b"}, {"scales": "c"}]
 STATISTICS = [{"statistics": "a"}, {"statistics": "b", "weight": 2.0}, {"statistics": "c"}]
 
 EXAMPLES: dict[str, list[Example]] = {
@@ -62,6 +63,7 @@ EXAMPLES: dict[str, list[Example]] = {
     "ram": [({}, NONE), ({"epsilon": 0.01}, NONE)],
     "ramplus_tl": [({"epsilon": 0.012}, NONE), ({"r": 1.0, "alpha": 2.0, "epsilon": 0.012}, NONE)],
     "regmean": [({}, STATISTICS), ({"shrink": 0.5, "normalize_grams": "trace"}, STATISTICS)],
+    "row_scales": [({}, SCALES), ({"lambda": 0.7}, SCALES)],
     "sce": [({}, NONE), ({"select_topk": 0.3}, NONE), ({"mass_floor": 0}, NONE)],
     "slerp": [({"t": 0.3}, NONE), ({"t": 0.0}, NONE)],
     "task_arithmetic": [({}, WEIGHTS), ({"lambda": 0.7, "normalize": True}, WEIGHTS)],
@@ -106,7 +108,9 @@ def companions(method: Method, tensors: list[torch.Tensor]) -> list[torch.Tensor
     if method.companion is None:
         return []
     clean = [x.float().nan_to_num(0, 0, 0) for x in tensors]
-    if not method.companion.gram:
+    if method.companion.layout == "rows":
+        return [((x.flatten(1).sum(1) if x.dim() > 1 else x) * 37).sin() for x in clean]
+    if method.companion.layout == "same":
         return [(x * 37).sin().square() * 1e-9 for x in clean]
     shape = clean[0].shape
     if len(shape) != 2 or not 0 < clean[0].numel() <= 100_000 or shape[1] > 400:
