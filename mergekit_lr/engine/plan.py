@@ -28,7 +28,7 @@ from mergekit_lr.engine.units import Unit, slicing_of, units_of
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.companions import open_companions
-from mergekit_lr.graph.nodes import OUTSIDE_SLICES, MergeGraph, Result, Sink
+from mergekit_lr.graph.nodes import LEFT_OUT, MergeGraph, Result, Sink
 from mergekit_lr.graph.summary import Block, summarise
 from mergekit_lr.method import Method
 from mergekit_lr.pieces import element_count
@@ -258,7 +258,7 @@ def _lay_out(
     if isinstance(method, Rewrite):
         outline = method.outline(recipe, inputs, prepared)
         inputs = {**inputs, **outline.extra}
-        graph = MergeGraph(outline.models, outline.sinks, outline.dropped, None, outline.tasks)
+        graph = MergeGraph(outline.models, outline.sinks, outline.dropped, (), outline.tasks)
     else:
         graph = build_graph(recipe, inputs)
     merged = [inputs[m] for m in graph.models if outline is None or m not in outline.extra]
@@ -292,7 +292,7 @@ def _small_files(
 ) -> tuple[bytes | None, dict[str, bytes], list[str]]:
     """The output's config, what is carried over beside it, and warnings about everything that was found."""
     tokenizer = tokens.source if tokens else merged[0]
-    picked = None if graph.layers is None else [(merged[m], layer) for m, layer in graph.layers]
+    picked = {part: [(merged[m], layer) for m, layer in layers] for part, layers in graph.layers}
     whole = _kind(recipe) == "model"
     dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED} if whole else set()
     edited = None if outline is None else outline.config
@@ -313,7 +313,7 @@ def _small_files(
         warnings += recipe.method.remarks([o.call for o in graph.operations])
     for checkpoint in (*merged, *(inputs[f] for f in graph.companions)):
         warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
-    lost = [d for d in graph.dropped if d[2] != OUTSIDE_SLICES] if outline is None else []
+    lost = [d for d in graph.dropped if d[2] not in LEFT_OUT] if outline is None else []
     if lost:
         model, tensor, rule = lost[0]
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""

@@ -62,12 +62,12 @@ def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str
 def merged_config(
     reference: Checkpoint,
     dtypes: set[str],
-    layers: Sequence[tuple[Checkpoint, int]] | None = None,
+    layers: Mapping[str, Sequence[tuple[Checkpoint, int]]] | None = None,
     edited: Mapping[str, Any] | None = None,
 ) -> tuple[bytes | None, list[str]]:
     """config.json of the output: the reference's, its dtype set to what was written, code references dropped.
 
-    ``layers``: for each output layer the model and the layer it came from, where layers were picked.
+    ``layers``: for each part whose layers were picked, and each of them, the model and the layer it came from.
     ``edited``: a config to start from instead of the reference's.
 
     Raises:
@@ -77,8 +77,10 @@ def merged_config(
         return None, []
     warnings: list[str] = []
     config: dict[str, Any] = dict(reference.config or {} if edited is None else edited)
-    if layers is not None:
-        config = relayered(config, reference.reference, [(c.config or config, c.reference, i) for c, i in layers])
+    original = config
+    for part, picked in (layers or {}).items():
+        sources = [(c.config or original, c.reference, i) for c, i in picked]
+        config = relayered(config, reference.reference, sources, part)
     if "auto_map" in config and edited is None:
         del config["auto_map"]
         warnings.append(

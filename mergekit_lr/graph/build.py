@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mergekit_lr.arch.naming import Aliases
 from mergekit_lr.arch.tied import config_ties, tied_source
 from mergekit_lr.checkpoint.dtypes import AVERAGED, RECIPE_DTYPES
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.errors import CheckpointError, join_problems
 from mergekit_lr.graph.companions import Beside, Lookup, companion_of, companion_paths, label
+from mergekit_lr.graph.misfits import missing_part, nearest_in, parts_of
 from mergekit_lr.graph.nodes import Artifact, MergeGraph, Operation, Sink, Source
 from mergekit_lr.graph.places import Place, Places, find_places, left_out, why_absent
 from mergekit_lr.graph.spaces import as_input, as_weight
@@ -18,6 +20,9 @@ from mergekit_lr.method import Base, Call, Method
 from mergekit_lr.recipe import Recipe
 
 MAX_PROBLEMS = 50
+SEARCHED = 3
+"""Missing tensors for which the nearest name is looked for: that looks at all names."""
+UNCOVERED = "copied: no module of the recipe speaks of it"
 
 
 @dataclass
@@ -37,6 +42,10 @@ class _Builder:
         self.out_dtype = recipe.out_dtype or recipe.dtype
         companion = companion_of(recipe)
         self.companions = tuple(label(companion, p) for p in companion_paths(recipe)) if companion else ()
+        #: what each model calls the tensors that the reference names
+        named = self.inputs[self.reference].tensors
+        self.names = {m: Aliases(named.keys(), self.inputs[m].tensors.keys()) for m in self.models}
+        self.absent: dict[tuple[str, str], int] = {}
         self.lookup = Lookup(companion, self.inputs, self.models, self.companions) if companion else None
         self.number = {model: i for i, model in enumerate(self.models)}
         self.labels = {id(g): tuple(str(e.reference) for e in g.inputs) for g in recipe.groups}
@@ -44,8 +53,9 @@ class _Builder:
     def source(self, model: str, name: str) -> Source | None:
         """Where ``model`` keeps what it calls ``name``; a tied head is its embeddings."""
         checkpoint = self.inputs[model]
-        if name in checkpoint.tensors:
-            return Source(self.number[model], name)
+        own = self.names[model].of(name)
+        if own is not None:
+            return Source(self.number[model], own)
         stand_in = tied_source(name, checkpoint.tensors) if config_ties(checkpoint.config) else None
         return Source(self.number[model], stand_in) if stand_in else None
 
@@ -53,11 +63,7 @@ class _Builder:
         """One input's tensor where it has one, in the template's shape; notes a problem if not."""
         source = self.source(model, name)
         if source is None:
-            reference = place.template[0]
-            self.problems.append(
-                f"{model}: tensor {name!r} is missing (the output is laid out as {reference}); "
-                "merge models of one architecture, or name another base_model"
-            )
+            self.note_missing(place.template[0], model, name)
             return None
         found = self.inputs[model].tensors[source.tensor]
         if found.shape != info.shape:
@@ -80,6 +86,28 @@ class _Builder:
             return None
         return source
 
+    def note_missing(self, reference: str, model: str, name: str) -> None:
+        """A problem for each tensor that a model lacks, or one for a whole part of the reference that it lacks."""
+        part = missing_part(name, self.inputs[model], self.inputs[self.reference])
+        if part is not None:
+            self.absent[model, part] = self.absent.get((model, part), 0) + 1
+            return
+        near = nearest_in(name, self.inputs[model]) if len(self.problems) < SEARCHED else ""
+        self.problems.append(
+            f"{model}: tensor {name!r} is missing (the output is laid out as {reference}){near and ', ' + near}; "
+            "merge models of one architecture, or name another base_model"
+        )
+
+    def complain_of_parts(self) -> None:
+        """Parts of the reference that a model lacks altogether."""
+        for (model, part), count in self.absent.items():
+            rest = " and ".join(p for p in parts_of(self.inputs[model], self.inputs[self.reference]))
+            self.problems.append(
+                f"{model}: it has no {part} ({count} tensor{'s' * (count > 1)}), and {self.reference} has one; "
+                f"merge under `modules: {{{rest}: {{models: [...]}}}}` what it has, and the rest stays as in "
+                f"{self.reference}"
+            )
+
     def sink(self, place: Place) -> Sink | None:
         """The output tensor at a place; None if its inputs do not fit, which is noted."""
         model, tensor = place.template
@@ -87,6 +115,10 @@ class _Builder:
         if info.dtype not in AVERAGED:
             own = Source(self.number[model], tensor)
             return Sink(place.name, info.dtype, info.shape, own, f"copied: {info.dtype} is not averaged")
+        if place.group is None:
+            own = Source(self.number[model], tensor)
+            dtype = RECIPE_DTYPES[self.out_dtype] if self.out_dtype else info.dtype
+            return Sink(place.name, dtype, info.shape, own, UNCOVERED)
         group, method = place.group, self.method
         moved = place.stack is not None
         names = tuple([place.name_in(e) for e in group.inputs]) if moved else (place.name,) * len(group.inputs)
@@ -131,15 +163,11 @@ class _Builder:
 
     def dropped(self, places: Places) -> Iterable[tuple[str, str, str]]:
         """Input tensors that nothing takes."""
-        if places.stack is not None:
-            return left_out(self.recipe, self.inputs, places)
+        if places.chosen:
+            return left_out(self.recipe, self.inputs, places, self.names)
         reference = self.inputs[self.reference].tensors
-        return (
-            (model, name, why_absent(name, self.inputs[self.reference]))
-            for model in self.models[1:]
-            for name in self.inputs[model].tensors
-            if name not in reference
-        )
+        called = ((m, n, self.names[m].back(n)) for m in self.models[1:] for n in self.inputs[m].tensors)
+        return ((m, n, why_absent(c, self.inputs[self.reference])) for m, n, c in called if c not in reference)
 
 
 def build_graph(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> MergeGraph:
@@ -154,14 +182,16 @@ def build_graph(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> MergeGraph:
     refuse_quantised([inputs[m] for m in builder.models])
     places = find_places(recipe, inputs)
     sinks = [builder.sink(place) for place in places.every]
+    builder.complain_of_parts()
     if builder.lookup is not None:
         builder.problems += builder.lookup.complaints()
     if builder.problems:
         raise join_problems(CheckpointError, list(dict.fromkeys(builder.problems))[:MAX_PROBLEMS])
     complete = with_artifact(recipe.method, [s for s in sinks if s is not None])
-    layers = None
-    if places.layers is not None:
-        layers = tuple((builder.models.index(model), index) for model, index in places.layers)
+    layers = tuple(
+        (part, tuple((builder.models.index(model), index) for model, index in found))
+        for part, found in places.layers.items()
+    )
     dropped = tuple(builder.dropped(places))
     return MergeGraph(builder.models, tuple(complete), dropped, layers, companions=builder.companions)
 

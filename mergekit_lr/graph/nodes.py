@@ -104,7 +104,9 @@ class Sink:
 
 
 OUTSIDE_SLICES = "outside the slices"
-"""Rule of an input tensor that the recipe leaves out on purpose."""
+OUTSIDE_MODULES = "outside the modules"
+LEFT_OUT = (OUTSIDE_SLICES, OUTSIDE_MODULES)
+"""Rules of input tensors that the recipe leaves out on purpose."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,15 @@ class MergeGraph:
     """Everything that will be written, and everything that will not and why.
 
     ``models``: references of the inputs, by index. ``dropped``: (model, tensor, rule) of every input tensor that
-    no output takes. ``layers``: for each output layer, the model (its index) and the layer that its names and config
-    come from; None where whole models are merged. ``tasks``: computations that several outputs are `Result`s of.
+    no output takes. ``layers``: for each part whose layers were picked anew, and each of its output layers, the model
+    (its index) and the layer that names and config come from. ``tasks``: computations that several outputs are
+    `Result`s of.
     """
 
     models: tuple[str, ...]
     sinks: tuple[Sink, ...]
     dropped: tuple[tuple[str, str, str], ...] = ()
-    layers: tuple[tuple[int, int], ...] | None = None
+    layers: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = ()
     tasks: tuple[Task, ...] = ()
     companions: tuple[str, ...] = ()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.recipe.fields import ParameterField
 from mergekit_lr.recipe.foreign import RESIDUAL_WEIGHT
-from mergekit_lr.recipe.groups import ModelEntry, Slice
+from mergekit_lr.recipe.groups import ModelEntry, Module, Slice
 from mergekit_lr.recipe.parameters import Scope
 from mergekit_lr.recipe.problems import Mark, Problems, nearest, shown
 from mergekit_lr.recipe.references import read_reference
@@ -20,6 +20,7 @@ MODEL_KEYS = ("model", "name", "parameters", "layer_range")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
+MODULE_KEYS = ("models", "slices", "base_model", "parameters")
 MAX_SLICES = 1_000
 MAX_SOURCES = 2_000
 
@@ -55,6 +56,22 @@ class ListedSlice:
     tried: set[str] = field(default_factory=set)
 
 
+@dataclass
+class ListedModule:
+    """An entry of ``modules`` while it is read."""
+
+    name: str
+    mark: Mark | None
+    path: str
+    models: list[ListedModel] = field(default_factory=list)
+    models_mark: Mark | None = None
+    slices: list[ListedSlice] = field(default_factory=list)
+    base: ModelReference | None = None
+    names_base: bool = False
+    parameters: Scope = field(default_factory=dict)
+    tried: set[str] = field(default_factory=set)
+
+
 @dataclass(frozen=True)
 class EntryReader:
     """Turns nodes into entries and notes what is wrong with them.
@@ -82,23 +99,55 @@ class EntryReader:
             self.problems.add(node.mark, path, "is empty", empty)
         return node.items
 
-    def models(self, node: Node) -> list[ListedModel]:
+    def models(self, node: Node, path: str = "models") -> list[ListedModel]:
         """``models``: whole models."""
-        found = self.items(node, "models", "list the models to merge", "- model: PATH")
-        return [self._model(item, f"models[{i}]", MODEL_KEYS) for i, item in enumerate(found)]
+        found = self.items(node, path, "list the models to merge", "- model: PATH")
+        return [self._model(item, f"{path}[{i}]", MODEL_KEYS) for i, item in enumerate(found)]
 
-    def slices(self, node: Node) -> list[ListedSlice]:
+    def slices(self, node: Node, path: str = "slices") -> list[ListedSlice]:
         """``slices``: runs of layers, in the order of the output."""
-        found = self.items(node, "slices", "list the slices of the output", "- sources: [...]")
+        found = self.items(node, path, "list the slices of the output", "- sources: [...]")
         if len(found) > MAX_SLICES:
-            self.problems.add(found[MAX_SLICES].mark, "slices", f"are more than {MAX_SLICES:,}", "join adjoining ones")
+            self.problems.add(found[MAX_SLICES].mark, path, f"are more than {MAX_SLICES:,}", "join adjoining ones")
             return []
         read: list[ListedSlice] = []
         for i, item in enumerate(found):
-            read.append(self._slice(item, f"slices[{i}]"))
+            read.append(self._slice(item, f"{path}[{i}]"))
             if sum(len(s.sources) for s in read) > MAX_SOURCES:
-                self.problems.add(item.mark, "slices", f"have more than {MAX_SOURCES:,} sources", "join adjoining ones")
+                self.problems.add(item.mark, path, f"have more than {MAX_SOURCES:,} sources", "join adjoining ones")
                 break
+        return read
+
+    def modules(self, node: Node) -> list[ListedModule]:
+        """``modules``: parts of the model by name, each with ``models`` or ``slices``."""
+        if not isinstance(node, Mapping) or not node.entries:
+            what = "is empty" if isinstance(node, Mapping) else "must be a mapping"
+            self.problems.add(node.mark, "modules", what, "write each part as `NAME: {models: [...]}`")
+            return []
+        return [self._module(name[:64], entry) for name, entry in node.entries.items()]
+
+    def _module(self, name: str, entry: Entry) -> ListedModule:
+        node, path = entry.value, f"modules.{name}"
+        read = ListedModule(name, entry.key_mark, path)
+        if not isinstance(node, Mapping):
+            self.problems.add(node.mark, path, "must be a mapping", "write `{models: [...]}` or `{slices: [...]}`")
+            return read
+        every = {**self.model_fields, **self.merge_fields}
+        self._unknown(node, path, MODULE_KEYS, every, "this module's")
+        models, slices = node.entries.get("models"), node.entries.get("slices")
+        if (models is None) == (slices is None):
+            what = "has neither models nor slices" if models is None else "has both models and slices"
+            self.problems.add(node.mark, path, what, "give it one of the two")
+        elif models is not None:
+            read.models, read.models_mark = self.models(models.value, f"{path}.models"), models.value.mark
+        elif slices is not None:
+            read.slices = self.slices(slices.value, f"{path}.slices")
+        base = node.entries.get("base_model")
+        if base is not None:
+            read.names_base = True
+            if not (isinstance(base.value, Scalar) and base.value.value is None):
+                read.base = self.reference(base.value, f"{path}.base_model")
+        read.parameters, read.tried = self._parameters(node, path, every)
         return read
 
     def _slice(self, node: Node, path: str) -> ListedSlice:
@@ -220,3 +269,9 @@ def model_entry(model: ListedModel) -> ModelEntry:
 def slice_entry(part: ListedSlice) -> Slice:
     """The slice of a recipe that was read without a problem."""
     return Slice(tuple(model_entry(s) for s in part.sources), part.base, part.parameters)
+
+
+def module_entry(part: ListedModule) -> Module:
+    """The module of a recipe that was read without a problem."""
+    models, slices = tuple(map(model_entry, part.models)), tuple(map(slice_entry, part.slices))
+    return Module(part.name, models, slices, part.base, part.names_base, part.parameters)

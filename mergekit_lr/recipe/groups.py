@@ -1,7 +1,7 @@
 """What is merged with what: a recipe as groups of layers, each with its inputs in the order of the method.
 
 A recipe that lists whole ``models`` is one group; one with ``slices`` has a group for each slice. What reads a
-recipe after this sees groups only.
+recipe after this sees groups only. One with ``modules`` has the groups of each of them.
 """
 
 from __future__ import annotations
@@ -41,15 +41,37 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Module:
+    """One item of ``modules``: a part of the model (`mergekit_lr.arch.modules`) that is merged in a way of its own.
+
+    It lists whole ``models`` or has ``slices`` of the part's own layers. ``names_base``: ``base_model`` stands in
+    place of the recipe's, be it None.
+    """
+
+    name: str
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    base_model: ModelReference | None = None
+    names_base: bool = False
+    parameters: Scope = field(default_factory=dict)
+
+    def base(self, of_recipe: ModelReference | None) -> ModelReference | None:
+        """The base of this part."""
+        return self.base_model if self.names_base else of_recipe
+
+
+@dataclass(frozen=True)
 class Group:
     """Layers that are merged alike. ``inputs`` as the method sees them, ``base`` beside or among them.
 
     ``base`` is the entry that task vectors, or only names and dtypes, are taken from; None where there is none.
+    ``module``: the part of the model that this is about, as the recipe calls it; None for all of it.
     """
 
     inputs: tuple[ModelEntry, ...]
     base: ModelEntry | None
     table: ParameterTable = field(repr=False, compare=False)
+    module: str | None = None
 
     @property
     def lead(self) -> ModelEntry:
@@ -101,22 +123,26 @@ def build_groups(
     base: ModelReference | None,
     parameters: Scope,
     origin: str,
+    modules: tuple[Module, ...] = (),
 ) -> tuple[Group, ...]:
-    """The groups of a recipe, parameters looked up in the order source, slice, recipe, default."""
+    """The groups of a recipe, parameters looked up in the order source, slice, module, recipe, default."""
     merge_fields, model_fields = parameter_fields(method.Merge), parameter_fields(method.PerModel)
     shared = chains(merge_fields, parameters), chains(model_fields, parameters)
     found = []
-    for part in slices or (Slice(models),):
-        base_entry = entry_of(part.sources, part.base_model or base, whole=not slices)
-        inputs = ordered_inputs(method, part.sources, base_entry)
-        below = beneath(model_fields, _only(part.parameters, model_fields), shared[1])
-        table = ParameterTable(
-            method=method,
-            merge=beneath(merge_fields, _only(part.parameters, merge_fields), shared[0]),
-            models=tuple((str(e.reference), beneath(model_fields, e.parameters, below)) for e in inputs),
-            origin=origin,
-        )
-        found.append(Group(inputs, base_entry, table))
+    for module in modules or (Module("", models, slices),):
+        merge_below = beneath(merge_fields, _only(module.parameters, merge_fields), shared[0])
+        model_below = beneath(model_fields, _only(module.parameters, model_fields), shared[1])
+        for part in module.slices or (Slice(module.models),):
+            base_entry = entry_of(part.sources, part.base_model or module.base(base), whole=not module.slices)
+            inputs = ordered_inputs(method, part.sources, base_entry)
+            below = beneath(model_fields, _only(part.parameters, model_fields), model_below)
+            table = ParameterTable(
+                method=method,
+                merge=beneath(merge_fields, _only(part.parameters, merge_fields), merge_below),
+                models=tuple((str(e.reference), beneath(model_fields, e.parameters, below)) for e in inputs),
+                origin=origin,
+            )
+            found.append(Group(inputs, base_entry, table, module.name or None))
     return tuple(found)
 
 

@@ -29,7 +29,7 @@ def schema() -> dict[str, Any]:
         "title": "mergekit_lr recipe",
         "type": "object",
         "required": ["merge_method"],
-        "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
+        "oneOf": [{"required": [layout]} for layout in ("models", "slices", "modules")],
         "additionalProperties": False,
         "properties": _root([*methods, *plugins()]),
         "allOf": [_case(method) for method in methods.values()],
@@ -42,6 +42,47 @@ def _root(names: list[str]) -> dict[str, Any]:
     seed = {"type": ["integer", "null"], "minimum": 0, "exclusiveMaximum": MAX_SEED}
     return {
         "merge_method": {"enum": names, "description": "how to merge"},
+        **_lists(reference, parameters),
+        "modules": {
+            "type": "object",
+            "minProperties": 1,
+            "description": "parts of the model (text_decoder, vision_tower, encoder, ...), each merged in its own way",
+            "additionalProperties": {
+                "type": "object",
+                "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
+                "additionalProperties": False,
+                "properties": {
+                    **_lists(reference, parameters),
+                    "base_model": {**reference, "type": ["string", "null"], "description": "the base of this part"},
+                    "parameters": parameters,
+                },
+            },
+        },
+        "base_model": {**reference, "type": ["string", "null"], "description": f"the base: {REFERENCE}"},
+        "parameters": parameters,
+        "dtype": {"enum": [*DTYPES, None], "description": "dtype to write, unless out_dtype says otherwise"},
+        "out_dtype": {"enum": [*DTYPES, None], "description": "dtype to write"},
+        "tokenizer_source": {**_tokenizer_source(), "description": "short for `tokenizer: {source: ...}`"},
+        "tokenizer": _tokenizer(),
+        "chat_template": {
+            "type": ["string", "null"],
+            "pattern": rf"^(auto|{'|'.join(TEMPLATES)})$|\{{[{{%]",
+            "description": f"`auto` (what most models have), {', '.join(TEMPLATES)}, or a template in Jinja",
+        },
+        "seed": {**seed, "description": "decides everything random (default 0)"},
+        "random_seed": {**seed, "description": "another name of seed"},
+        "nonfinite": {"enum": [*NONFINITE, None], "description": "on NaN or infinity in an input (default error)"},
+        "calibration": _calibration(),
+        "permutations": {
+            "type": ["string", "null"],
+            "description": "`auto`, the name of a model family, or a file, for methods that align neurons",
+        },
+    }
+
+
+def _lists(reference: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """``models`` and ``slices``, of a recipe or of a module."""
+    return {
         "models": {
             "type": "array",
             "minItems": 1,
@@ -67,25 +108,6 @@ def _root(names: list[str]) -> dict[str, Any]:
             "maxItems": MAX_SLICES,
             "description": "runs of layers, which become the output's layers in this order",
             "items": _slice(reference, parameters),
-        },
-        "base_model": {**reference, "type": ["string", "null"], "description": f"the base: {REFERENCE}"},
-        "parameters": parameters,
-        "dtype": {"enum": [*DTYPES, None], "description": "dtype to write, unless out_dtype says otherwise"},
-        "out_dtype": {"enum": [*DTYPES, None], "description": "dtype to write"},
-        "tokenizer_source": {**_tokenizer_source(), "description": "short for `tokenizer: {source: ...}`"},
-        "tokenizer": _tokenizer(),
-        "chat_template": {
-            "type": ["string", "null"],
-            "pattern": rf"^(auto|{'|'.join(TEMPLATES)})$|\{{[{{%]",
-            "description": f"`auto` (what most models have), {', '.join(TEMPLATES)}, or a template in Jinja",
-        },
-        "seed": {**seed, "description": "decides everything random (default 0)"},
-        "random_seed": {**seed, "description": "another name of seed"},
-        "nonfinite": {"enum": [*NONFINITE, None], "description": "on NaN or infinity in an input (default error)"},
-        "calibration": _calibration(),
-        "permutations": {
-            "type": ["string", "null"],
-            "description": "`auto`, the name of a model family, or a file, for methods that align neurons",
         },
     }
 
@@ -204,14 +226,13 @@ def _case(method: Declared) -> dict[str, Any]:
         own = {**_either([_parameters(m.Merge) for m in others]), **own}
     every = {**per_model, **own}
     sources = {"items": {"properties": {"parameters": _object(per_model)}}}
-    then: dict[str, Any] = {
-        "properties": {
-            "parameters": _object(every),
-            "models": sources,
-            "slices": {"items": {"properties": {"parameters": _object(every), "sources": sources}}},
-        }
+    lists = {
+        "parameters": _object(every),
+        "models": sources,
+        "slices": {"items": {"properties": {"parameters": _object(every), "sources": sources}}},
     }
-    whole: dict[str, Any] = {}  # what a recipe for whole models needs; a slice may bring its own
+    then: dict[str, Any] = {"properties": {**lists, "modules": {"additionalProperties": {"properties": lists}}}}
+    whole: dict[str, Any] = {}  # what a recipe for whole models needs; a slice or a module may bring its own
     required = [n for n, f in parameter_fields(method.Merge).items() if f.required]
     if required:
         whole["properties"] = {"parameters": {"type": "object", "required": required}}
@@ -220,7 +241,7 @@ def _case(method: Declared) -> dict[str, Any]:
         whole.setdefault("properties", {})["base_model"] = {"type": "string"}
         whole["required"] = [*whole.get("required", []), "base_model"]
     if whole:
-        then["anyOf"] = [whole, {"required": ["slices"]}]
+        then["anyOf"] = [whole, {"required": ["slices"]}, {"required": ["modules"]}]
     return {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": then}
 
 

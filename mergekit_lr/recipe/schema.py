@@ -13,7 +13,7 @@ from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.method import Declared, Parameters
 from mergekit_lr.recipe.calibration import Calibration
 from mergekit_lr.recipe.fields import parameter_fields
-from mergekit_lr.recipe.groups import Group, ModelEntry, Slice, build_groups
+from mergekit_lr.recipe.groups import Group, ModelEntry, Module, Slice, build_groups
 from mergekit_lr.recipe.parameters import Chain, Rule, Scope, plain_chain
 from mergekit_lr.recipe.tokens import TokenizerSection
 
@@ -27,7 +27,8 @@ NONFINITE: tuple[Nonfinite, ...] = ("error", "warn", "allow")
 class Recipe:
     """A checked recipe. Made by `mergekit_lr.recipe.load.load_recipe`; frozen.
 
-    It lists whole ``models`` or has ``slices``; the other is empty, and ``groups`` is the view that both have.
+    It lists whole ``models``, or has ``slices``, or ``modules`` with either; the others are empty, and ``groups`` is
+    the view that all have.
     ``dtype`` and ``out_dtype`` are names of torch dtypes or None; ``tokenizer`` says which tokens the output knows
     (None: those that all inputs share), ``chat_template`` how it puts a conversation; ``calibration`` and
     ``permutations`` are for the methods that use them (`Declared.settings`); ``text`` is the exact YAML, ``origin``
@@ -38,6 +39,7 @@ class Recipe:
     method: Declared = field(repr=False, compare=False)
     models: tuple[ModelEntry, ...] = ()
     slices: tuple[Slice, ...] = ()
+    modules: tuple[Module, ...] = ()
     base_model: ModelReference | None = None
     parameters: Scope = field(default_factory=dict)
     dtype: str | None = None
@@ -55,7 +57,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         origin = str(self.origin or "recipe")
-        groups = build_groups(self.method, self.models, self.slices, self.base_model, self.parameters, origin)
+        groups = build_groups(
+            self.method, self.models, self.slices, self.base_model, self.parameters, origin, self.modules
+        )
         object.__setattr__(self, "_groups", groups)
 
     @property
@@ -66,9 +70,12 @@ class Recipe:
     @property
     def config_source(self) -> ModelReference:
         """The model whose config the output gets: the base, else the first one listed."""
-        if self.base_model or not self.slices:
-            return self.base_model or self.models[0].reference
-        return self.slices[0].base_model or self.slices[0].sources[0].reference
+        if self.base_model:
+            return self.base_model
+        if self.modules:
+            first = self.modules[0]
+            return first.base_model or _first(first.models, first.slices)
+        return _first(self.models, self.slices)
 
     @property
     def tokenizer_source(self) -> ModelReference:
@@ -78,22 +85,29 @@ class Recipe:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """What is merged with what: one group for ``models``, one for each of ``slices``, in output order."""
+        """What is merged with what: one group for ``models``, one for each of ``slices``, in output order.
+
+        With ``modules``, the groups of one module after those of another.
+        """
         return self._groups
 
     def references(self) -> tuple[ModelReference, ...]:
         """Every model that the recipe names, once each: the base first, then in order."""
         base = (self.base_model,) if self.base_model else ()
-        sliced = (s.reference for part in self.slices for s in part.sources)
-        return tuple(dict.fromkeys((*base, *(m.reference for m in self.models), *sliced)))
+        found = [*base]
+        for module in self.modules or (Module("", self.models, self.slices),):
+            found += [module.base_model] if module.base_model else []
+            found += [m.reference for m in module.models]
+            found += [s.reference for part in module.slices for s in part.sources]
+        return tuple(dict.fromkeys(found))
 
     def input_models(self) -> tuple[ModelEntry, ...]:
-        """The models that are merged, in the order the method sees them; with ``slices``, each model once.
+        """The models that are merged, in the order the method sees them; with ``slices`` or ``modules``, each once.
 
         Without the base where it is only a reference (`Base.REQUIRED`, `Base.OPTIONAL`); with the base first,
         listed or not, where it is an operand; as listed otherwise, with a base that is not listed at the end.
         """
-        if not self.slices:
+        if self.models:
             return self._groups[0].inputs
         first: dict[ModelReference, ModelEntry] = {}
         for entry in (e for group in self._groups for e in group.inputs):
@@ -118,12 +132,15 @@ class Recipe:
         Two recipes that ask for the same merge have the same canonical form, however they say it.
         """
         head: dict[str, Any] = {"merge_method": self.merge_method}
-        if self.slices:
+        shared: dict[str, Any] = {}
+        if self.modules:
+            head["modules"] = {m.name: self._plain_module(m) for m in self.modules}
+        elif self.slices:
             head["slices"] = [_plain_slice(self.method, group) for group in self._groups]
         else:
             [group] = self._groups
             head["models"] = [_plain_entry(self.method, group, i) for i in range(len(group.inputs))]
-        shared = {} if self.slices else _plain(self._groups[0].table.merge, parameter_fields(self.method.Merge))
+            shared = _plain(group.table.merge, parameter_fields(self.method.Merge))
         return head | {
             "base_model": str(self.base_model) if self.base_model else None,
             "parameters": shared,
@@ -137,10 +154,27 @@ class Recipe:
             **({"permutations": self.permutations} if self.permutations else {}),
         }
 
+    def _plain_module(self, module: Module) -> dict[str, Any]:
+        groups = [g for g in self._groups if g.module == module.name]
+        base = module.base(self.base_model)
+        found: dict[str, Any] = {"base_model": str(base) if base else None}
+        if module.slices:
+            return found | {"slices": [_plain_slice(self.method, g) for g in groups]}
+        [group] = groups
+        return found | {
+            "models": [_plain_entry(self.method, group, i) for i in range(len(group.inputs))],
+            "parameters": _plain(group.table.merge, parameter_fields(self.method.Merge)),
+        }
+
     def digest(self) -> str:
         """sha256 of the canonical form, in hex: decides whether an interrupted run may be resumed."""
         text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _first(models: tuple[ModelEntry, ...], slices: tuple[Slice, ...]) -> ModelReference:
+    """The model that the layout comes from where no base is named."""
+    return models[0].reference if models else slices[0].base_model or slices[0].sources[0].reference
 
 
 def _plain_entry(method: Declared, group: Group, index: int) -> dict[str, Any]:

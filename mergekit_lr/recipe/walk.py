@@ -9,9 +9,17 @@ from typing import Any
 
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import RecipeError
-from mergekit_lr.method import Declared
+from mergekit_lr.method import Declared, Method
 from mergekit_lr.recipe.calibration import Calibration, read_calibration
-from mergekit_lr.recipe.entries import EntryReader, ListedModel, ListedSlice, model_entry, slice_entry
+from mergekit_lr.recipe.entries import (
+    EntryReader,
+    ListedModel,
+    ListedModule,
+    ListedSlice,
+    model_entry,
+    module_entry,
+    slice_entry,
+)
 from mergekit_lr.recipe.fields import ParameterField, parameter_fields
 from mergekit_lr.recipe.followed import with_followers
 from mergekit_lr.recipe.foreign import Hint, outside, repeats_default, unused
@@ -20,7 +28,7 @@ from mergekit_lr.recipe.problems import Problems, nearest, shown
 from mergekit_lr.recipe.schema import DTYPES, NONFINITE, Recipe
 from mergekit_lr.recipe.scope import ScopeReader
 from mergekit_lr.recipe.tokens import TokenReader
-from mergekit_lr.recipe.whole import SliceCheck, WholeCheck, check_combinations
+from mergekit_lr.recipe.whole import ModuleCheck, SliceCheck, WholeCheck, check_combinations
 from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar
 from mergekit_lr.registry import get_method, method_names
 
@@ -28,6 +36,7 @@ ROOT_KEYS = (
     "merge_method",
     "models",
     "slices",
+    "modules",
     "base_model",
     "parameters",
     "dtype",
@@ -41,10 +50,7 @@ ROOT_KEYS = (
     "permutations",
 )
 SYNONYMS = {"random_seed": "seed"}
-UNSUPPORTED = {
-    "modules": "give whole models under `models`, or layers of the language model under `slices`",
-}
-UNREAD_LAYOUTS = {"modules"}
+LAYOUTS = ("models", "slices", "modules")
 NEEDED = {"calibration": "add `calibration: {text: [FILE]}`", "permutations": "add `permutations: auto`"}
 MAX_SEED = 2**63
 PLUGIN_FAILURES = (ImportError, AttributeError, NameError, SyntaxError, TypeError, ValueError)
@@ -81,8 +87,10 @@ class _Walk:
     def run(self) -> Recipe:
         base = self._base()
         shared, tried = self._shared_parameters()
-        models, slices = self._listed()
+        models, slices, modules = self._listed()
         listed = [*models, *(s for part in slices for s in part.sources)]
+        for module in modules:
+            listed += [*module.models, *(s for part in module.slices for s in part.sources)]
         tokens = TokenReader(self.problems, _distinct_references(base, listed))
         settings: dict[str, Any] = {
             "dtype": self._choice("dtype", DTYPES),
@@ -95,9 +103,11 @@ class _Walk:
             "permutations": self._permutations(),
         }
         self._distinct(models)
-        if self.method is not None and not UNREAD_LAYOUTS & set(self.root.entries):
+        if self.method is not None:
             whole = WholeCheck(self.problems, self.method, self.entries)
-            if slices or "slices" in self.entries:
+            if modules or "modules" in self.entries:
+                ModuleCheck(whole, base, tried).run(modules)
+            elif slices or "slices" in self.entries:
                 SliceCheck(whole, base, tried).run(slices)
             else:
                 whole.models(models, base, tried)
@@ -108,6 +118,7 @@ class _Walk:
             "method": self.method,
             "models": tuple(model_entry(m) for m in models),
             "slices": tuple(slice_entry(s) for s in slices),
+            "modules": tuple(module_entry(m) for m in modules),
             "base_model": base,
             "parameters": shared,
             "text": self.text,
@@ -125,9 +136,7 @@ class _Walk:
         found: dict[str, Entry] = {}
         for key, entry in self.root.entries.items():
             name = SYNONYMS.get(key, key)
-            if key in UNSUPPORTED:
-                self.problems.add(entry.key_mark, key, "is not supported", UNSUPPORTED[key])
-            elif name not in ROOT_KEYS:
+            if name not in ROOT_KEYS:
                 self._unknown(key, entry)
             elif name in found:
                 self.problems.add(entry.key_mark, key, f"says the same as {name}", "keep one of them")
@@ -244,17 +253,23 @@ class _Walk:
             return None
         return self.reader.reference(entry.value, "base_model")
 
-    def _listed(self) -> tuple[list[ListedModel], list[ListedSlice]]:
-        """The entries of ``models`` or of ``slices``; a recipe has one of the two."""
-        models, slices = self.entries.get("models"), self.entries.get("slices")
-        if models is None and slices is None and not UNREAD_LAYOUTS & set(self.root.entries):
+    def _listed(self) -> tuple[list[ListedModel], list[ListedSlice], list[ListedModule]]:
+        """The entries of ``models``, of ``slices`` or of ``modules``; a recipe has one of the three."""
+        given = [k for k in LAYOUTS if k in self.entries]
+        models, slices, modules = (self.entries.get(k) for k in LAYOUTS)
+        if not given:
             fix = "list the models to merge under `models:`, or runs of their layers under `slices:`"
             self.problems.add(self.root.mark, "models", "is missing", fix)
-        if models is not None and slices is not None:
-            self.problems.add(slices.key_mark, "slices", "cannot stand beside models", "keep one of them")
+        for other in given[1:]:
+            what = f"cannot stand beside {given[0]}"
+            self.problems.add(self.entries[other].key_mark, other, what, "keep one of them")
+        if modules is not None and self.method is not None and not isinstance(self.method, Method):
+            what = f"is not used by {self.method.name}, which lays out its own output"
+            self.problems.add(modules.key_mark, "modules", what, "list whole models under `models`")
         return (
             self.reader.models(models.value) if models else [],
             self.reader.slices(slices.value) if slices else [],
+            self.reader.modules(modules.value) if modules else [],
         )
 
     # Parameters

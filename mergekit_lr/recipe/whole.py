@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import RecipeError
 from mergekit_lr.method import Base, Declared
-from mergekit_lr.recipe.entries import ListedModel, ListedSlice
+from mergekit_lr.recipe.entries import ListedModel, ListedModule, ListedSlice
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.groups import ModelEntry, entry_of, ordered_inputs
 from mergekit_lr.recipe.problems import Mark, Problems, shown
@@ -113,6 +113,52 @@ class WholeCheck:
 
 
 @dataclass(frozen=True)
+class ModuleCheck:
+    """Checks of a recipe with modules, each of which is checked like a recipe of its own."""
+
+    whole: WholeCheck
+    base: ModelReference | None
+    shared: set[str]
+
+    def run(self, modules: list[ListedModule]) -> None:
+        """Note what is wrong with any module."""
+        for module in modules:
+            base, given = (module.base if module.names_base else self.base), self.shared | module.tried
+            if module.slices:
+                SliceCheck(self.whole, base, given).run(module.slices)
+            elif module.models:
+                self._models(module, base, given)
+
+    def _models(self, module: ListedModule, base: ModelReference | None, given: set[str]) -> None:
+        whole, method, problems = self.whole, self.whole.method, self.whole.problems
+        for first, second in _repeats(module.models):
+            problems.warn(second.mark, second.path, f"names the same model as {first.path}")
+        for name, info in parameter_fields(method.Merge).items():
+            if info.required and name not in given:
+                what = f"{name} is missing, and {method.name} needs it"
+                problems.add(module.mark, module.path, what, f"add `parameters: {{{name}: VALUE}}` to it")
+        for model in module.models:
+            whole.required_of(model, base, given)
+        unnamed = module.base is None if module.names_base else whole.base_is_null
+        if base is None and unnamed and method.base in (Base.REQUIRED, Base.OPERAND):
+            fix = "add `base_model: PATH_OR_HUB_ID` to the module or to the recipe"
+            problems.add(module.mark, module.path, f"has no base_model, and {method.name} needs it", fix)
+        elif all(m.reference for m in module.models) and (base is not None or unnamed):
+            entries = tuple(ModelEntry(m.reference) for m in module.models if m.reference)
+            joins = method.base is Base.UNUSED and base is not None and all(e.reference != base for e in entries)
+            fix = "write `base_model: ~` in the module, or the base is merged too" if joins else ""
+            if joins:
+                missing = [n for n, f in parameter_fields(method.PerModel).items() if f.required and n not in given]
+                what = f"the base is merged too: {method.name} takes every model"
+                if missing:
+                    problems.add(module.mark, module.path, f"{what}; it has no {missing[0]}", fix)
+                else:
+                    problems.warn(module.mark, module.path, f"{what}, as in mergekit", fix)
+            inputs = ordered_inputs(method, entries, entry_of(entries, base, whole=True))
+            whole.count(inputs, module.models_mark, f"{module.path}.models", fix)
+
+
+@dataclass(frozen=True)
 class SliceCheck:
     """Checks of a recipe with slices. ``shared``: parameters given in the recipe's own ``parameters``."""
 
@@ -181,7 +227,7 @@ class SliceCheck:
 def check_combinations(recipe: Recipe, problems: Problems, mark: Mark | None) -> None:
     """Ask the method about every combination that filters and gradients can reach."""
     for i, group in enumerate(recipe.groups):
-        path = f"slices[{i}]" if recipe.slices else "parameters"
+        path = f"slices[{i}]" if recipe.slices else f"modules.{group.module}" if group.module else "parameters"
         for name, t in group.table.samples(len(recipe.groups)):
             if not group.table.complete_at(name):
                 continue

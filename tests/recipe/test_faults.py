@@ -166,7 +166,22 @@ FAULTS = [
         linear("tokenizer: {tokens: {a: {source: {kind: model_token, model: ./a, token_id: ¦-1}}}}\n"),
         "-1 is no token_id",
     ),
-    ("merge_method: passthrough\n¦modules: {}\n", "modules: is not supported"),
+    # modules
+    ("merge_method: passthrough\nmodules: ¦{}\n", "modules: is empty"),
+    ("merge_method: passthrough\nmodules: ¦[]\n", "modules: must be a mapping"),
+    ("merge_method: passthrough\nmodules: {a: ¦{}}\n", "modules.a: has neither models nor slices"),
+    ("merge_method: passthrough\nmodules: {a: ¦3}\n", "modules.a: must be a mapping"),
+    ("merge_method: passthrough\nmodules: {a: {models: [{model: ./m}], ¦slcies: 3}}\n", "modules.a.slcies: unknown"),
+    ("merge_method: slerp\nmodules: {¦a: {models: [{model: ./m}, {model: ./n}], parameters: {t: 1}}}\n", "base_model"),
+    (
+        "merge_method: passthrough\nmodules: {a: {models: ¦[{model: ./m}, {model: ./n}]}}\n",
+        "exactly 1 model; here are 2",
+    ),
+    ("merge_method: linear\nmodules: {a: {models: [¦{model: ./m}]}}\n", "weight is missing"),
+    (
+        linear("¦modules: {a: {models: [{model: ./m, parameters: {weight: 1}}]}}\n"),
+        "modules: cannot stand beside models",
+    ),
 ]
 
 

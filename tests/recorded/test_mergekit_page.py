@@ -81,7 +81,6 @@ REFUSED = {
     "duplicate": "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: 1, weight: 2}}]\n",
     "zero sum": "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: 1}}, "
     "{model: ./b, parameters: {weight: -1}}]\n",
-    "modules": "merge_method: linear\nmodules: {text: {models: [{model: ./a, parameters: {weight: 1}}]}}\n",
     "token": "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: 1}}]\n"
     "tokenizer: {tokens: {x: {source: {kind: model_token, model: ./c, token: y}}}}\n",
 }
