@@ -162,6 +162,24 @@ def rename(old: Path, new: Path) -> None:
         fsync(new.parent)
 
 
+def move(old: Path, new: Path) -> bool:
+    """Rename a folder where nothing may be yet; False if ``old`` is gone, or if something is at ``new`` already.
+
+    Of several processes that move their own folders to one place exactly one gets True, on any file system that
+    renames atomically: a folder does not replace one that holds something. The folder must not be empty.
+    """
+    with explained(f"rename {old.name}", new):
+        _announce("rename", new)
+        try:
+            Path(old).rename(new)
+        except OSError as e:
+            if e.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                return False
+            raise
+        fsync(new.parent)
+    return True
+
+
 def remove_file(path: Path) -> None:
     with explained("remove", path):
         _announce("unlink", path)
@@ -175,5 +193,6 @@ def remove_tree(path: Path) -> None:
         _announce("rmtree", path)
         if path.is_symlink():
             path.unlink()
-        elif path.exists():
-            shutil.rmtree(path)
+        while path.is_dir() and not path.is_symlink():
+            with suppress(FileNotFoundError):  # another process removes it too: go on with what it left
+                shutil.rmtree(path)

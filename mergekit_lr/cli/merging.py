@@ -37,6 +37,10 @@ def merge(
         bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
     ] = False,
     allow_pickle: AllowPickle = False,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Do one of N parts, on storage that all share; the last one writes OUT."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -60,13 +64,19 @@ def merge(
             resume=resume,
             overwrite=overwrite,
             allow_pickle=allow_pickle,
+            part=part,
             progress=progress,
         )
     if not quiet:
         for line in result.report.get("warnings", []):
             if line not in loaded.warnings:
                 say(f"warning: {line}")
-    if as_json:
+    if result.waiting_for:
+        if as_json:
+            print_json({"out": str(result.out), "part": part, "waiting_for": list(result.waiting_for)})
+        elif not quiet:
+            say(f"part {part} is done; not done yet: {', '.join(map(str, result.waiting_for))}")
+    elif as_json:
         print_json({"out": str(result.out), **result.report})
     else:
         print(result.out)

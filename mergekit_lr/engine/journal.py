@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,24 @@ from mergekit_lr.checkpoint import fs
 
 
 class Journal:
-    """Append-only. A torn or damaged line is as if it were not there; its unit is done again."""
+    """Append-only. A torn or damaged line is as if it were not there; its unit is done again.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    ``earlier``: files of other processes that are read first and never written to.
+    """
+
+    def __init__(self, path: Path, earlier: Sequence[Path] = ()) -> None:
+        self.path, self.earlier = path, earlier
         self._lock = threading.Lock()
         self.done: dict[str, dict[str, Any]] = self._read()
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        if not self.path.exists():
-            return {}
         done: dict[str, dict[str, Any]] = {}
-        for line in self.path.read_bytes().split(b"\n"):
-            crc, _, body = line.partition(b" ")
-            if len(crc) == 8 and crc == _crc(body):
-                record = json.loads(body)
-                done[record["unit"]] = record
+        for path in (*self.earlier, self.path):
+            for line in path.read_bytes().split(b"\n") if path.exists() else ():
+                crc, _, body = line.partition(b" ")
+                if len(crc) == 8 and crc == _crc(body):
+                    record = json.loads(body)
+                    done[record["unit"]] = record
         return done
 
     def record(self, record: dict[str, Any]) -> None:

@@ -44,6 +44,20 @@ from mergekit_lr.tokenizer.source import open_source
 DEFAULT_SHARD = "5GB"
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a run was asked to work. ``device`` is chosen; ``shard_size`` in bytes."""
+
+    device: str
+    max_memory: str | int | None
+    threads: int | None
+    shard_size: int
+
+    @property
+    def limit(self) -> int | None:
+        return None if self.max_memory is None else parse_size(self.max_memory)
+
+
 @dataclass
 class Plan:
     """A merge, laid out: what is read, computed and written, and what it costs. Holds its inputs open."""
@@ -57,6 +71,7 @@ class Plan:
     device: str
     config: bytes | None
     files: dict[str, bytes]
+    settings: Settings
     warnings: list[str] = field(default_factory=list)
     outline: Outline | None = None
     prepared: Path | None = None
@@ -234,20 +249,6 @@ def _check_kind(opened: Checkpoint, *, reads_bundles: bool) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a run was asked to work. ``device`` is chosen; ``shard_size`` in bytes."""
-
-    device: str
-    max_memory: str | int | None
-    threads: int | None
-    shard_size: int
-
-    @property
-    def limit(self) -> int | None:
-        return None if self.max_memory is None else parse_size(self.max_memory)
-
-
 Prepare: TypeAlias = Callable[[Recipe, dict[str, Checkpoint], Settings], Path]
 
 
@@ -278,7 +279,7 @@ def _lay_out(
         files |= outline.files
         warnings += outline.warnings
     units = units_of(graph, budget.threads)
-    laid = (recipe, inputs, graph, layout, budget, units, settings.device, config, files, warnings)
+    laid = (recipe, inputs, graph, layout, budget, units, settings.device, config, files, settings, warnings)
     return Plan(*laid, outline, prepared, tokens=tokens)
 
 

@@ -45,10 +45,22 @@ def run_preparation(
     Raises:
         UsageError: the folder holds what another run prepared.
     """
-    assert isinstance(recipe.method, Rewrite)
     folder = space.root / FOLDER
     space.match(space.root / "prepared.json", preparation_of(recipe, inputs, settings))
     fs.make_folder(folder)
+    prepare_in(folder, recipe, inputs, settings, progress)
+    return folder
+
+
+def prepare_in(
+    folder: Path,
+    recipe: Recipe,
+    inputs: dict[str, Checkpoint],
+    settings: Settings,
+    progress: Progress | None,
+) -> None:
+    """Let the method prepare in a folder that is there."""
+    assert isinstance(recipe.method, Rewrite)
 
     def tell(done: int, total: int, stage: str) -> None:
         if progress is not None:
@@ -65,4 +77,3 @@ def run_preparation(
             tell=tell,
         )
     )
-    return folder

@@ -23,10 +23,14 @@ from mergekit_lr.recipe import Recipe
 
 @dataclass(frozen=True)
 class MergeResult:
-    """``out``: the finished folder. ``report``: what ``merge_report.json`` in it says."""
+    """``out``: the finished folder. ``report``: what ``merge_report.json`` in it says.
+
+    ``waiting_for``: parts that are not done yet; ``out`` is not there then, and ``report`` is empty.
+    """
 
     out: Path
     report: dict[str, Any]
+    waiting_for: tuple[int, ...] = ()
 
 
 def merge(
@@ -40,6 +44,7 @@ def merge(
     resume: bool = True,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    part: str | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Carry out a recipe and write the merged model to the folder ``out``.
@@ -55,11 +60,19 @@ def merge(
         resume: go on with matching unfinished work; False discards it.
         overwrite: replace ``out`` if it exists, in the moment the new one is complete.
         allow_pickle: read ``.bin`` weights too, in a confined child process.
+        part: ``"I/N"``: do only the I-th of N parts, counted from 1, on storage that all of them share. They may run
+            anywhere, at any time and in any order; the one that finds all others done writes the output.
         progress: called from this thread a few times a second.
 
     Raises:
         MergekitLrError: one of the family in `mergekit_lr.errors`; nothing is left at ``out`` then.
     """
+    if part is not None:
+        from mergekit_lr.engine.parts import merge_part
+
+        settings = {"device": device, "max_memory": max_memory, "threads": threads, "shard_size": shard_size}
+        settings |= {"allow_pickle": allow_pickle}
+        return merge_part(recipe, Path(out), part, settings, resume=resume, overwrite=overwrite, progress=progress)
     target = Path(out)
     space = Workspace(target)
 

@@ -20,6 +20,9 @@ from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.engine.journal import Journal
 from mergekit_lr.errors import ResourceError, UsageError
 
+SHARED = "shared"
+"""The folder that says that the work is done in parts; see `mergekit_lr.engine.shared_space`."""
+
 
 @dataclass
 class Workspace:
@@ -87,6 +90,13 @@ class Workspace:
         fs.make_folder(self.root)
         self._take_lock()
         self.held = True
+        if (self.root / SHARED).exists():
+            self.release()
+            raise UsageError(
+                "the unfinished work there is done in parts",
+                where=str(self.root),
+                fix="run the parts that are missing with --part, or pass --restart to discard it",
+            )
 
     def _check_writable(self) -> None:
         parent = self.out.parent
@@ -172,7 +182,7 @@ class Workspace:
                 fs.remove_file(path)
 
     def _take_lock(self) -> None:
-        while not fs.create_exclusive(self.lock, json.dumps(_identity()).encode()):
+        while not fs.create_exclusive(self.lock, json.dumps(this_process()).encode()):
             self._check_lock()
             fs.remove_file(self.lock)
 
@@ -182,12 +192,12 @@ class Workspace:
             holder = json.loads(self.lock.read_bytes())
         except (FileNotFoundError, ValueError):
             return
-        if isinstance(holder, dict) and _alive(holder):
+        if isinstance(holder, dict) and is_alive(holder):
             raise UsageError(
                 "another run is writing this output",
                 where=str(self.root),
                 why=f"process {holder.get('pid')} on {holder.get('host')}",
-                fix="wait for it, or choose another output",
+                fix=_if_held(holder, self.lock),
             )
 
     def release(self) -> None:
@@ -197,7 +207,14 @@ class Workspace:
         self.held = False
 
 
-def _identity() -> dict[str, Any]:
+def _if_held(holder: dict[str, Any], lock: Path) -> str:
+    if holder.get("host") == socket.gethostname():
+        return "wait for it, or choose another output"
+    return f"wait for it, or choose another output; if that machine is gone remove {lock}"
+
+
+def this_process() -> dict[str, Any]:
+    """Enough to tell, on the same machine, whether this process still runs."""
     return {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(), "began": _began(os.getpid())}
 
 
@@ -216,7 +233,8 @@ def _began(pid: int) -> str:
         return ""
 
 
-def _alive(holder: dict[str, Any]) -> bool:
+def is_alive(holder: dict[str, Any]) -> bool:
+    """Whether the process that wrote this down still runs; one of another machine is believed to."""
     if holder.get("host") != socket.gethostname():
         return True  # it cannot be asked; believing it costs a retry, not believing it a corrupted output
     if holder.get("boot") != _boot():

@@ -14,7 +14,7 @@ SURFACE = {
     "": ["--debug", "--version"],
     "merge": [
         *("RECIPE", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
-        *("--overwrite", "--allow-pickle", "--json", "--quiet -q"),
+        *("--overwrite", "--allow-pickle", "--part", "--json", "--quiet -q"),
     ],
     "recover": [
         *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),

@@ -1,0 +1,212 @@
+"""``--part I/N``: one of several processes, on any machines that share a folder, that write one output together.
+
+Each part is the same run as a whole one up to the plan, then does its own share of the units (`shares.cut`), makes it
+durable and says so. Whoever finds every part done writes the small files and renames. A part that died is run again;
+one that is done already, or whose output is complete, has nothing left to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mergekit_lr.checkpoint import fs
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.engine.artifacts import compute_artifacts
+from mergekit_lr.engine.job import Job
+from mergekit_lr.engine.manifest import make_report, small_files
+from mergekit_lr.engine.plain import NotPlain, from_text, to_text
+from mergekit_lr.engine.plan import Plan, Settings, planned
+from mergekit_lr.engine.portion import (
+    check_inputs_unchanged,
+    drain,
+    job_of,
+    make_durable,
+    one_thread_each,
+    read_back,
+)
+from mergekit_lr.engine.prepare import FOLDER, prepare_in
+from mergekit_lr.engine.progress import Progress
+from mergekit_lr.engine.run import MergeResult, check_shards
+from mergekit_lr.engine.shared_space import Finished, SharedSpace
+from mergekit_lr.engine.shares import cut, touching
+from mergekit_lr.engine.units import Unit, pending
+from mergekit_lr.errors import MergekitLrError, UsageError
+from mergekit_lr.lazy import torch
+from mergekit_lr.recipe import Recipe
+
+MOST = 100_000  # parts
+PROBES, PROBE = 4, 16 << 10  # places in an input file, and bytes at each, that tell it from another of the same shape
+STATISTICS = "statistics"
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """``"2/4"`` as (2, 4).
+
+    Raises:
+        UsageError: it is not I/N with 1 <= I <= N.
+    """
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if found is None or not int(found[1]) <= int(found[2]) <= MOST:
+        raise UsageError(f"the part {text!r} is not one", fix="write I/N, such as 1/4 for the first of four")
+    return int(found[1]), int(found[2])
+
+
+def merge_part(
+    recipe: Recipe | str | Path | dict[str, Any],
+    out: Path,
+    part: str,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Do one part of `mergekit_lr.merge`; ``settings`` are those that decide how."""
+    number, count = parse_part(part)
+    if not resume:
+        raise UsageError(
+            "one part cannot discard the others' work", fix=f"remove {out}.partial, then run every part once"
+        )
+    space = SharedSpace(out, number=number, count=count)
+
+    def prepare(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings) -> Path:
+        _join(space, recipe, inputs, settings, overwrite)
+        with one_thread_each():
+            return space.once(FOLDER, lambda folder: prepare_in(folder, recipe, inputs, settings, progress))
+
+    try:
+        with planned(recipe, **settings, prepare=prepare) as plan:
+            if not space.fingerprint:
+                own = plan.outline.extra if plan.outline else {}
+                inputs = {m: c for m, c in plan.inputs.items() if m not in own}
+                _join(space, plan.recipe, inputs, plan.settings, overwrite)
+            waiting_for = _run(plan, space, overwrite, progress)
+    except Finished:
+        waiting_for = ()
+    except (MergekitLrError, OSError):
+        # Whatever went wrong, nothing did if the others finished the output meanwhile and tidied up.
+        if not space.fingerprint or not space.finished():
+            raise
+        waiting_for = ()
+    if waiting_for:
+        return MergeResult(out, {}, waiting_for)
+    space.tidy()
+    return MergeResult(out, json.loads((out / "merge_report.json").read_bytes()))
+
+
+def _join(
+    space: SharedSpace, recipe: Recipe, inputs: Mapping[str, Checkpoint], settings: Settings, overwrite: bool
+) -> None:
+    space.fingerprint = {**identity(recipe, inputs, settings), "parts": space.count}
+    if space.finished():
+        raise Finished
+    used = [c.folder or Path(c.stamps[0].path) for c in inputs.values()]
+    space.check_target(overwrite=overwrite, inputs=used)
+    space.join()
+
+
+def identity(recipe: Recipe, inputs: Mapping[str, Checkpoint], settings: Settings) -> dict[str, Any]:
+    """What decides the output's bytes, from what any machine can see before anything is prepared.
+
+    No times: machines may see different ones, or have their own copies of the inputs.
+    """
+    from mergekit_lr import __version__
+
+    source = inspect.getsource(type(recipe.method))
+    return {
+        "mergekit_lr": __version__,
+        "torch": str(torch.__version__),
+        "recipe": recipe.digest(),
+        "method": hashlib.sha256(source.encode()).hexdigest(),
+        "inputs": {m: content_of(c) for m, c in inputs.items()},
+        "device": settings.device.partition(":")[0],
+        "shard_size": settings.shard_size,
+    }
+
+
+def content_of(checkpoint: Checkpoint) -> list[list[Any]]:
+    """Names, sizes and header digests of an input's files, and a digest of some of their bytes."""
+    return [[Path(s.path).name, s.size, s.header, _probed(Path(s.path), s.size)] for s in checkpoint.stamps]
+
+
+def _probed(path: Path, size: int) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as f:
+        for i in range(1, PROBES + 1):
+            f.seek(max(0, size * i // PROBES - PROBE))
+            digest.update(f.read(PROBE))
+    return digest.hexdigest()
+
+
+def _run(plan: Plan, space: SharedSpace, overwrite: bool, progress: Progress | None) -> tuple[int, ...]:
+    """Do this part if it is not done, and the commit if all are; returns the parts that are not done."""
+    began = time.monotonic()
+    shares = cut(plan, space.count)
+    job = None
+    if not space.is_done(space.number):
+        if space.count > len(space.missing()) and not space.model.exists():
+            space.await_output()
+        space.once("model", lambda folder: space.lay_down(folder, plan.layout))
+        job = job_of(plan, space.model, space.journal())
+        _do(plan, job, space, shares[space.number - 1], progress)
+        check_inputs_unchanged(plan)
+        keys = [u.key(plan.graph) for u in shares[space.number - 1]]
+        space.mark_done([job.journal.done[k] for k in keys], job.warnings)
+    missing = space.missing()
+    if not missing:
+        _commit(plan, space, shares, overwrite, began)
+    return missing
+
+
+def _do(plan: Plan, job: Job, space: SharedSpace, units: Sequence[Unit], progress: Progress | None) -> None:
+    """Do what is left of ``units``, and wait until it is durable."""
+    try:
+        read_back(plan, job, units)
+        if pending(units, plan.graph, job.journal.done):
+            with one_thread_each():
+                _statistics(plan, job, space)
+                drain(plan, job, units, progress)
+        make_durable(plan, job, units)
+    finally:
+        job.close()
+
+
+def _statistics(plan: Plan, job: Job, space: SharedSpace) -> None:
+    """What methods must know of the whole model: computed by one part, read by the others."""
+    if not plan.graph.artifacts or job.artifacts:
+        return
+
+    def make(folder: Path) -> None:
+        compute_artifacts(plan, job)
+        try:
+            text = to_text(job.artifacts)
+        except NotPlain:
+            text = ""  # the others compute it themselves
+        fs.write_file(folder / "values.json", text.encode())
+
+    values = (space.once(STATISTICS, make) / "values.json").read_text()
+    if not job.artifacts and values:
+        job.artifacts.update(from_text(values))
+    elif not job.artifacts:
+        compute_artifacts(plan, job)
+
+
+def _commit(plan: Plan, space: SharedSpace, shares: Sequence[Sequence[Unit]], overwrite: bool, began: float) -> None:
+    """Check what several machines had a hand in, and rename."""
+    job = job_of(plan, space.model, space.journal())
+    job.journal.done, job.warnings = space.records()
+    _do(plan, job, space, touching(plan, shares), None)
+    check_inputs_unchanged(plan)
+    check_shards(plan, space.model)
+    report = make_report(plan, job, space.digest, time.monotonic() - began)
+    report["run"]["parts"] = space.count
+    space.commit_parts(small_files(plan, report), overwrite=overwrite)
