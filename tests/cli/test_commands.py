@@ -111,7 +111,7 @@ def test_no_memory_is_a_matter_of_resources(run: Run, replace: Run, recipe: Path
         ("merge",),
         ("merge", "r.yml"),
         ("merge", "r.yml", "out", "--threads", "0"),
-        ("merge", "r.yml", "out", "--part", "1/2"),
+        ("merge", "{recipe}", "{out}", "--part", "3/2"),
         ("nonsense",),
         ("check", "r.yml", "more"),
         ("eval", "model"),
