@@ -198,7 +198,7 @@ def fake_merge(seen: dict[str, Any]) -> Callable[..., Any]:
         seen.update(options, recipe=recipe, out=out)
         if options["progress"]:
             options["progress"](ProgressEvent(500, 1000, "merging"))
-        return SimpleNamespace(out=out, report={"warnings": ["odd"], "tensors": []})
+        return SimpleNamespace(out=out, report={"warnings": ["odd"], "tensors": []}, waiting_for=())
 
     return merge
 
@@ -207,6 +207,7 @@ def test_merge_passes_every_option_on(run: Run, replace: Run, recipe: Path, tmp_
     seen: dict[str, Any] = {}
     replace("merge", fake_merge(seen))
     options = "--device cpu --max-memory 8GiB --threads 3 --shard-size 1GB --restart --overwrite --allow-pickle"
+    options += " --part 1/4"
     done = run("merge", recipe, tmp_path / "out", *options.split())
     assert done.code == 0
     assert done.out == f"{tmp_path / 'out'}\n"
@@ -222,7 +223,22 @@ def test_merge_passes_every_option_on(run: Run, replace: Run, recipe: Path, tmp_
         "resume": False,
         "overwrite": True,
         "allow_pickle": True,
+        "part": "1/4",
     }
+
+
+def test_a_part_that_is_not_the_last_prints_no_result(run: Run, recipe: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_model(tmp_path / name, 1.0)
+    recipe.write_text(recipe.read_text().replace("model: ", f"model: {tmp_path}/"))
+    out = tmp_path / "out"
+    first = run("merge", recipe, out, "--part", "3/3")
+    assert (first.code, first.out) == (0, "")
+    assert first.err.splitlines()[-1] == "part 3/3 is done; not done yet: 1, 2"
+    second = run("merge", recipe, out, "--part", "1/3", "--json")
+    assert json.loads(second.out) == {"out": str(out), "part": "1/3", "waiting_for": [2]}
+    last = run("merge", recipe, out, "--part", "2/3")
+    assert (last.code, last.out) == (0, f"{out}\n")
 
 
 def test_merge_resumes_by_default(run: Run, replace: Run, recipe: Path, tmp_path: Path) -> None:
