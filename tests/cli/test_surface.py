@@ -43,8 +43,8 @@ SURFACE = {
     ],
     "curvature-report": ["RECIPE", "--plots", "--json"],
     "fit-scales": [
-        *("RECIPE", "--text", "--samples", "--sequence-length", "--steps", "--rate", "--start"),
-        *("--device", "--max-memory", "--overwrite", "--json", "--quiet"),
+        *("RECIPE", "FILE", "--text", "--samples", "--sequence-length", "--steps", "--rate", "--start"),
+        *("--device", "--max-memory", "--overwrite", "--json", "--quiet -q"),
     ],
     "extract-lora": [
         *("MODEL", "BASE", "OUT", "--rank", "--energy", "--embeddings", "--include", "--exclude", "--dtype"),
