@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +33,36 @@ from mergekit_lr.linalg.assignment import assign, cross_gram
 from mergekit_lr.matching.ascent import match_weights
 from mergekit_lr.matching.barrier import loss_barrier
 from mergekit_lr.matching.diagnose import agreements, mean_agreement
+from mergekit_lr.matching.learned import learn
 from mergekit_lr.matching.many import interpolated, match_many, mean_model
 from mergekit_lr.matching.member import apply_all
 from mergekit_lr.matching.pleas import pleas
+from mergekit_lr.matching.running import Samples
 from mergekit_lr.matching.soft import soft_apply, soft_match
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "matching.json"
 WIDTHS, SEEDS = (64, 128, 256, 512), (0, 1, 2)
 SOFTNESS, BUDGET = 0.05, 1.2
+TRANSFORMER_STEPS = 40
+"""Steps of learned permutations for the ViTs and Llamas; 200 for perceptrons."""
 Tensors = dict[str, Tensor]
 
 
-def perceptrons(work: Path, width: int) -> list[nn.Module]:
+TRAININGS = {"short": (40, 0.01), "long": (400, 1.0)}
+"""Epochs and weight decay. Short: until the training images are learnt; long: ten times that, decaying."""
+
+
+def perceptrons(work: Path, width: int, training: str) -> list[nn.Module]:
     """Trained once, kept as files."""
     found = []
     for seed in SEEDS:
         torch.manual_seed(seed)
         model = Perceptron(width)
-        path = work / f"mlp-{width}-{seed}.pt"
+        path = work / f"mlp-{training}-{width}-{seed}.pt"
         if not path.exists():
-            train(model, seed, 40)
+            epochs, decay = TRAININGS[training]
+            train(model, seed, epochs, decay)
             torch.save(model.state_dict(), path)
         model.load_state_dict(torch.load(path, weights_only=True))
         found.append(model)
@@ -129,8 +138,11 @@ def compare(
     fresh: Callable[[], nn.Module],
     batches: list[Tensor],
     widened: list[str],
+    samples: Samples,
+    steps: int = 200,
+    other_loss: Callable[[nn.Module], float] | None = None,
 ) -> dict[str, Any]:
-    """One pair of networks through every way of merging."""
+    """One pair of networks through every way of merging. ``other_loss``: on more data, for the matched share alone."""
     scratch = fresh()
 
     def loss(tensors: Tensors) -> float:
@@ -142,6 +154,10 @@ def compare(
     found = match_weights(spec, a.__getitem__, b.__getitem__, seed=0, restarts=3)
     seconds = time.process_time() - begin
     matched = apply_all(spec, found.member, b)
+    begin = time.process_time()
+    learned = learn(spec, fresh(), a, b, samples, found.member, steps=steps)
+    learning_seconds = time.process_time() - begin
+    learned_height, learned_curve = loss_barrier(loss, a, apply_all(spec, learned.member, b))
     plans = soft_match(spec, spec, a, matched, regularization=SOFTNESS)
     soft = {n: soft_apply(spec, plans, n, t).to(t.dtype) for n, t in matched.items()}
     naive, naive_curve = loss_barrier(loss, a, b)
@@ -157,12 +173,23 @@ def compare(
         tensors = pleas(spec, models[0], aligned, batches, budgets=budgets)
         tensors.pop("lm_head.weight", None)
         refitted[str(budget)] = loss_of(wide(fresh(), tensors)) - sum(ends) / 2
+    both = {}
+    if other_loss is not None:
+        scored = other_loss
+
+        def on_all(tensors: Tensors) -> float:
+            scratch.load_state_dict(tensors, strict=False)
+            return scored(scratch)
+
+        both = {"share_all_images": loss_barrier(on_all, a, matched)[0] / loss_barrier(on_all, a, b)[0]}
     matrices = [n for n in a if spec.of_tensor[n][0].groups()]
     agreement = mean_agreement(agreements(matrices, a.__getitem__, matched.__getitem__, top=True))
     before = mean_agreement(agreements(matrices, a.__getitem__, b.__getitem__, top=True))
     row = {
         "pair": label, "loss_a": ends[0], "loss_b": ends[1], "barrier_naive": naive, "barrier_matched": height,
-        "barrier_ot": soft_height, "middle_naive": naive_curve[5] - sum(ends) / 2,
+        "barrier_learned": learned_height, "middle_learned": learned_curve[5] - sum(ends) / 2,
+        "learned_step": learned.step, "learned_seconds": learning_seconds, **both, "barrier_ot": soft_height,
+        "middle_naive": naive_curve[5] - sum(ends) / 2,
         "middle_matched": curve[5] - sum(ends) / 2,
         "middle_pleas": refitted["1.0"], "middle_pleas_wide": refitted[str(BUDGET)], "agreement": agreement,
         "agreement_before": before, "seconds": seconds, "sweeps": found.sweeps,
@@ -171,38 +198,69 @@ def compare(
     return row
 
 
-def digit_rows(work: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Perceptron pairs, and MergeMany of the three seeds of each width; then the vision transformers."""
-    images, _, test, labels = digits()
-
+def class_loss(images: Tensor, labels: Tensor) -> Callable[[nn.Module], float]:
     def loss_of(model: nn.Module) -> float:
         with torch.inference_mode():
-            return float(nn.functional.cross_entropy(model(test).double(), labels))
+            return float(nn.functional.cross_entropy(model(images).double(), labels))
 
-    pairs, many = [], []
-    for width in WIDTHS:
-        models = perceptrons(work, width)
+    return loss_of
+
+
+def in_batches(images: Tensor, labels: Tensor) -> Samples:
+    return Samples(torch.split(images, 256), torch.split(labels, 256))
+
+
+def digit_rows(work: Path, result: dict[str, Any], save: Callable[[], None]) -> None:
+    """Perceptron pairs, and MergeMany of the three seeds of each width, for both trainings; then the ViTs.
+
+    What ``result`` holds already stays: to measure all anew, remove it from the file.
+    """
+    images, classes, test, labels = digits()
+    held_out = class_loss(test, labels)
+    every = class_loss(torch.cat([images, test]), torch.cat([classes, labels]))
+    samples = in_batches(images, classes)
+    pairs, many = result.setdefault("pairs", []), result.setdefault("many", [])
+    for training, width in product(TRAININGS, WIDTHS):
+        known = {p["pair"] for p in pairs if p.get("training") == training}
+        labelled = {f"MLP {width}, seeds {i} and {j}": (i, j) for i, j in combinations(SEEDS, 2)}
+        if set(labelled) <= known and any(m["width"] == width and m["training"] == training for m in many):
+            continue
+        models = perceptrons(work, width, training)
         spec = spec_for("chain", {n: tuple(t.shape) for n, t in state(models[0]).items()}, None, "mlp")
-        for i, j in combinations(SEEDS, 2):
-            row = compare(
-                f"MLP {width}, seeds {i} and {j}", [models[i], models[j]], spec, loss_of, lambda w=width: Perceptron(w),
-                [images], list(spec.groups),
-            )  # fmt: skip
-            pairs.append({"kind": "mlp", "width": width, **row})
-        tensors = [state(m) for m in models]
-        found = match_many(spec, [t.__getitem__ for t in tensors], seed=0)
-        network = Perceptron(width)
-        alone = [loss_of(m) for m in models]
-        merged = {}
-        for kind, members in (("many", list(found.members)), ("naive", [found.members[0]] * 3)):
-            network.load_state_dict(mean_model(spec, tensors, members))
-            merged[kind] = loss_of(network)
-        many.append({"width": width, "mean_of_three": sum(alone) / 3, "rounds": found.rounds, **merged})
-    vits = transformers(work)
-    spec = spec_for(str(HERE / "matching_vit.yml"), {n: tuple(t.shape) for n, t in state(vits[0]).items()}, None, "vit")
-    widened = [g for g in spec.groups if g.startswith("ffn")]
-    row = compare("ViT, seeds 0 and 1", vits, spec, loss_of, VisionTransformer, [images], widened)
-    return [*pairs, {"kind": "vit", **row}], many
+        for label, (i, j) in labelled.items():
+            if label not in known:
+                row = compare(
+                    label, [models[i], models[j]], spec, held_out, lambda w=width: Perceptron(w), [images],
+                    list(spec.groups), samples, other_loss=every,
+                )  # fmt: skip
+                pairs.append({"kind": "mlp", "training": training, "width": width, **row})
+                save()
+        many.append({"training": training, "width": width, **three(models, spec, held_out, width)})
+        save()
+    if not any(p["kind"] == "vit" for p in pairs):
+        vits = transformers(work)
+        shapes = {n: tuple(t.shape) for n, t in state(vits[0]).items()}
+        spec = spec_for(str(HERE / "matching_vit.yml"), shapes, None, "vit")
+        widened = [g for g in spec.groups if g.startswith("ffn")]
+        row = compare(
+            "ViT, seeds 0 and 1", vits, spec, held_out, VisionTransformer, [images], widened, samples, TRANSFORMER_STEPS
+        )  # fmt: skip
+        pairs.append({"kind": "vit", **row})
+        save()
+
+
+def three(
+    models: list[nn.Module], spec: SymmetrySpec, loss_of: Callable[[nn.Module], float], width: int
+) -> dict[str, Any]:
+    """MergeMany of three perceptrons."""
+    tensors = [state(m) for m in models]
+    found = match_many(spec, [t.__getitem__ for t in tensors], seed=0)
+    network = Perceptron(width)
+    merged = {}
+    for kind, members in (("many", list(found.members)), ("naive", [found.members[0]] * 3)):
+        network.load_state_dict(mean_model(spec, tensors, members))
+        merged[kind] = loss_of(network)
+    return {"mean_of_three": sum(map(loss_of, models)) / 3, "rounds": found.rounds, **merged}
 
 
 def language_row(work: Path) -> dict[str, Any]:
@@ -224,7 +282,10 @@ def language_row(work: Path) -> dict[str, Any]:
     spec = spec_for("llama", shapes, models[0].config.to_dict(), "llama")
     batches = [tokens[: 64 * 64].reshape(-1, 64), tokens[64 * 64 : 128 * 64].reshape(-1, 64)]
     widened = [g for g in spec.groups if g.startswith("ffn")]
-    return {"kind": "llama", **compare("Llama, seeds 0 and 1", models, spec, loss_of, fresh, batches, widened)}
+    samples = Samples(tuple({"input_ids": b} for b in batches), tuple(batches))
+    label = "Llama, seeds 0 and 1"
+    row = compare(label, models, spec, loss_of, fresh, batches, widened, samples, TRANSFORMER_STEPS)
+    return {"kind": "llama", **row}
 
 
 def timing() -> dict[str, Any]:
@@ -345,15 +406,19 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+
+    def save() -> None:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     for part in arguments.parts:
         if part == "digits":
-            result["pairs"], result["many"] = digit_rows(arguments.work)
+            digit_rows(arguments.work, result, save)
         elif part == "language":
             result["language"] = language_row(arguments.work)
         elif part == "timing":
             result["timing"] = timing()
         result["torch"] = torch.__version__
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        save()
     publish(result)
 
 

@@ -52,10 +52,23 @@ class WeightMatching(Rewrite):
         cost: Literal["weights", "activations", "both"] = parameter(
             default="weights", description="what is matched; activations are taken on `calibration` text or on `data`"
         )
-        data: str | None = parameter(default=None, description="safetensors file with `inputs`, for perceptrons")
+        data: str | None = parameter(
+            default=None, description="file with `inputs` (and `labels`) to run on instead of text"
+        )
         activation: Literal["relu", "gelu", "silu", "tanh"] = parameter(
             default="relu", description="between the layers of a perceptron without config"
         )
+        matching: Literal["permutation", "learned", "transport"] = parameter(
+            default="permutation",
+            description="by weights or activations; then learned from the loss half-way; or mixed by optimal transport",
+        )
+        regularization: float = parameter(
+            default=0.05, ge=0, description="how soft transport is, in units of the mean gain; 0 is exact"
+        )
+        steps: int = parameter(default=200, ge=1, le=100_000, description="steps of `matching: learned`")
+        rate: float = parameter(default=0.01, gt=0, description="step size of `matching: learned`")
+        reset_statistics: bool = parameter(default=False, description="measure BatchNorm's statistics anew")
+        repair: bool = parameter(default=False, description="give every unit the models' mean and variance (REPAIR)")
         then: str | None = parameter(
             default=None,
             description="method applied to the aligned models instead of t; its parameters stand beside these",
@@ -63,74 +76,79 @@ class WeightMatching(Rewrite):
 
     def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
         found = after.problems(merge, models)
-        if merge.data is not None and merge.cost == "weights":
-            found.append("data is for matching by activations; set cost to activations or both")
+        if merge.data is not None and not _runs(merge):
+            found.append("data is for matching that runs the models; set cost or matching, or ask for new statistics")
         if merge.then is None and len(models) > 2 and merge.t != 0.5:
             found.append("t is for two models; three or more are averaged")
+        if merge.repair and merge.reset_statistics:
+            found.append("repair is for networks without BatchNorm, reset_statistics for those with it; choose one")
         return found
 
     def prepare(self, work: Preparation) -> None:
-        from mergekit_lr.matching import align
+        from mergekit_lr.checkpoint.writer import write_safetensors
+        from mergekit_lr.matching import align, axes, mended
+        from mergekit_lr.matching.running import check_memory, samples_of
         from mergekit_lr.matching.saved import saved_choice
 
-        if (work.folder / align.REPORT).exists():
+        if (work.folder / axes.REPORT).exists():
             return
-        order = after.aligned_order(work.recipe)
+        recipe = work.recipe
+        order = after.aligned_order(recipe)
         models = [work.inputs[m] for m in order]
-        merge = after.settings(work.recipe, list(models[0].tensors))
-        spec, members, report = align.align(
-            models,
-            work.recipe.permutations,
+        merge = _settings(recipe, models)
+        if _runs(merge):
+            copies = 8 if merge.matching == "learned" else 2 + len(models) if _measures(merge) else 2
+            check_memory(models, copies, work.limit, "running the models")
+        wanted = align.Wanted(
+            matching=merge.matching,
             seed=merge.seed,
             restarts=merge.restarts,
-            only=after.patterns(merge.only),
-            to_first=work.recipe.base_model is not None,
+            only=tuple(after.patterns(merge.only)),
+            to_first=recipe.base_model is not None,
+            cost=merge.cost,
+            activation=merge.activation,
+            regularization=merge.regularization,
+            steps=merge.steps,
+            rate=merge.rate,
             keep=work.limit // 2,
             threads=work.threads,
             tell=work.tell,
-            cost=merge.cost,
-            record=lambda model, spec: self._recorded(work.recipe, merge, model, spec),
+            samples=lambda model: samples_of(recipe, merge, model),
         )
-        choice = work.recipe.permutations or "auto"
+        aligned = align.align(models, recipe.permutations, wanted)
+        if _measures(merge):
+            at = positions(models[0].tensors)
+            hows = {n: after.call(recipe, n, at[n], order) for n, t in models[0].tensors.items() if t.dtype in AVERAGED}
+            found = mended.mended(
+                models, aligned, hows, samples_of(recipe, merge, models[0]), activation=merge.activation,
+                repair=merge.repair,
+            )  # fmt: skip
+            write_safetensors(work.folder / mended.MENDED, found)
+        choice = recipe.permutations or "auto"
         if choice.endswith(".safetensors"):
             choice = saved_choice(Path(choice))
-        align.write_alignment(work.folder, spec, members, report, models, choice)
-
-    def _recorded(self, recipe: Recipe, merge: Any, model: Checkpoint, spec: Any) -> Any:
-        """A model's activations, on text or on data."""
-        from mergekit_lr.matching import activations, align, network
-
-        if merge.data is not None:
-            read = align.reader(model, 0)
-            seen: dict[str, Any] = {}
-            inputs = network.read_inputs(Path(merge.data))
-            network.perceptron({n: read(n) for n in model.tensors}, inputs, merge.activation, model.reference, seen)
-            return seen
-        text = recipe.calibration.text if recipe.calibration else ()
-        if not text or model.folder is None or recipe.calibration is None:
-            raise RecipeError(
-                "matching by activations needs something to run on",
-                where=str(recipe.origin or "recipe"),
-                fix="add `calibration: {text: [FILE]}` for language models, or the parameter `data` for perceptrons",
-            )
-        c = recipe.calibration
-        return activations.record_text(Path(model.folder), spec, text, c.samples, c.sequence_length)
+        axes.write_alignment(work.folder, aligned, models, choice)
 
     def outline(self, recipe: Recipe, inputs: Mapping[str, Checkpoint], prepared: Path | None) -> Outline:
-        from mergekit_lr.matching import align
+        from mergekit_lr.matching import align, axes, mended
+        from mergekit_lr.matching import inputs as fitting
 
         order = after.aligned_order(recipe)
         models = [inputs[m] for m in order]
-        spec = align.spec_of(recipe.permutations, models[0])
-        align.check_inputs(spec, models)
-        after.settings(recipe, list(models[0].tensors))
+        merge = _settings(recipe, models)
+        fitting.specs_of(recipe.permutations, models, widths=merge.matching != "transport")
         at = positions(models[0].tensors)
         report: dict[str, Any] = {"uses": {}, "models": []}
         names, extra = list(order), {}
+        new: Mapping[str, Any] = {}
         if prepared is not None:
-            report = json.loads((prepared / align.REPORT).read_text(encoding="utf-8"))
-            extra["axes"] = open_file(prepared / align.AXES, "axes")
+            report = json.loads((prepared / axes.REPORT).read_text(encoding="utf-8"))
+            extra["axes"] = open_file(prepared / axes.AXES, "axes")
             names.append("axes")
+            if _measures(merge):
+                extra["mended"] = open_file(prepared / mended.MENDED, "mended")
+                names.append("mended")
+                new = extra["mended"].tensors
         sinks, tasks = [], []
         out_dtype = recipe.out_dtype or recipe.dtype
         for name, info in models[0].tensors.items():
@@ -138,35 +156,94 @@ class WeightMatching(Rewrite):
                 rule = f"copied: {info.dtype} is not averaged"
                 sinks.append(Sink(name, info.dtype, info.shape, Tensor(0, name), rule))
                 continue
-            sources, moves = [Tensor(0, name)], []
-            for i in range(1, len(models)):
-                use = report["uses"].get(f"{i}.{name}", {"source": name, "axes": {}})
-                sources.append(Tensor(i, use["source"]))
-                moves += [(i, int(axis), key) for axis, key in use["axes"].items()]
-            first = len(sources)
-            keys = list(dict.fromkeys(key for _, _, key in moves))
-            sources += [Tensor(len(models), key) for key in keys]
-            placed = tuple((i, axis, first + keys.index(key)) for i, axis, key in moves)
-            call = (placed, after.call(recipe, name, at[name], order))
-            size = 4 * info.numel
-            tasks.append(Task(self.name, name, tuple(sources), call, fixed=size * (2 * len(models) + 4)))
             dtype = RECIPE_DTYPES[out_dtype] if out_dtype else info.dtype
-            sinks.append(Sink(name, dtype, info.shape, Result(len(tasks) - 1, 0), "merged"))
+            if name in new:
+                call: Call = ((), (), None)
+                sources, rule = [Tensor(len(models) + 1, name)], "merged, with statistics of the data"
+            else:
+                sources, moves, mixes = _sources(name, len(models), report["uses"])
+                call, rule = (moves, mixes, after.call(recipe, name, at[name], order)), "merged"
+            fixed = 4 * info.numel * (2 * len(models) + (8 if call[1] else 4))
+            tasks.append(Task(self.name, name, tuple(sources), call, fixed=fixed))
+            sinks.append(Sink(name, dtype, info.shape, Result(len(tasks) - 1, 0), rule))
         said = align.warnings_of(report) if prepared else ["the permutations are not known before the merge"]
         details = {k: v for k, v in report.items() if k != "uses"}
         files = {}
         if prepared is not None:
-            files[f"weight_matching/{align.PERMUTATIONS}"] = (prepared / align.PERMUTATIONS).read_bytes()
+            files[f"weight_matching/{axes.PERMUTATIONS}"] = (prepared / axes.PERMUTATIONS).read_bytes()
         return Outline(
             tuple(names), tuple(sinks), tuple(tasks), extra=extra, warnings=tuple(said), details=details, files=files
         )
 
     def compute(self, task: Task, desk: Desk) -> None:
         from mergekit_lr.lazy import torch
-        from mergekit_lr.matching.align import decoded
+        from mergekit_lr.matching.axes import placed
 
-        moves, how = task.call
+        moves, mixes, how = task.call
+        if how is None:
+            desk.write(0, desk.read(0))
+            return
         models = [desk.read(i) for i in range(how.models)]
-        for i, axis, code in moves:
-            models[i] = decoded(models[i], axis, desk.read(code, dtype=torch.int32), models[0])
+        for i in range(1, how.models):
+            codes = {axis: desk.read(code, dtype=torch.int32) for j, axis, code in moves if j == i}
+            plans = {
+                axis: (desk.read(plan, dtype=torch.float64), block, reads)
+                for j, axis, plan, block, reads in mixes
+                if j == i
+            }
+            models[i] = placed(models[i], codes, plans, models[0])
         desk.write(0, how.merged(models, task.key))
+
+
+Moves = tuple[tuple[int, int, int], ...]
+"""(model, axis, input that holds its code)."""
+Mixes = tuple[tuple[int, int, int, int, bool], ...]
+"""(model, axis, input that holds the plan, block, whether values come in along it)."""
+Call = tuple[Moves, Mixes, after.How | None]
+
+
+def _sources(name: str, count: int, uses: Mapping[str, Any]) -> tuple[list[Tensor], Moves, Mixes]:
+    """The inputs of one tensor's task: it in every model, then the codes and plans of its axes."""
+    sources = [Tensor(0, name)]
+    moves, mixes = [], []
+    for i in range(1, count):
+        use = uses.get(f"{i}.{name}", {"source": name, "axes": {}, "mixed": {}})
+        sources.append(Tensor(i, use["source"]))
+        moves += [(i, int(axis), key) for axis, key in use["axes"].items()]
+        mixes += [(i, int(axis), *what) for axis, what in use["mixed"].items()]
+    first = len(sources)
+    keys = list(dict.fromkeys([*(m[2] for m in moves), *(m[2] for m in mixes)]))
+    sources += [Tensor(count, key) for key in keys]
+    return (
+        sources,
+        tuple((i, axis, first + keys.index(key)) for i, axis, key in moves),
+        tuple((i, axis, first + keys.index(key), block, reads) for i, axis, key, block, reads in mixes),
+    )
+
+
+def _measures(merge: Any) -> bool:
+    return bool(merge.repair or merge.reset_statistics)
+
+
+def _runs(merge: Any) -> bool:
+    """Whether models are run on text or data."""
+    return merge.cost != "weights" or merge.matching == "learned" or _measures(merge)
+
+
+def _settings(recipe: Recipe, models: list[Checkpoint]) -> Any:
+    """The parameters of the whole merge.
+
+    Raises:
+        RecipeError: one differs between tensors, or there is calibration that nothing uses.
+    """
+    names = list(models[0].tensors)
+    merge = after.settings(recipe, names)
+    if merge.repair:  # the moments of whole models are mixed, by one t
+        after.settings(recipe, names, varying=("then",))
+    if recipe.calibration is not None and not _runs(merge):
+        raise RecipeError(
+            "calibration is given and no model is run on it",
+            where=str(recipe.origin or "recipe"),
+            fix="remove it, or set cost, `matching: learned`, repair or reset_statistics",
+        )
+    return merge

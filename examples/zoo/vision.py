@@ -99,11 +99,11 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((model(images).argmax(dim=1) == labels).double().mean())
 
 
-def train(model: nn.Module, seed: int, epochs: int) -> None:
+def train(model: nn.Module, seed: int, epochs: int, weight_decay: float = 0.01) -> None:
     """AdamW with a linear decay, batches of 64 in an order drawn from ``seed``."""
     images, labels, _, _ = digits()
     random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=weight_decay)
     steps = epochs * (len(images) // 64)
     for step in range(steps):
         for group in optimizer.param_groups:

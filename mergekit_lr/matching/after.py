@@ -56,6 +56,11 @@ class How:
     seed: int
     keys: tuple[str, ...]
 
+    def shares(self) -> list[float]:
+        """What each model that is averaged counts; equal shares where another method decides."""
+        n = self.models - self.base
+        return [1 - self.t, self.t] if n == 2 and self.then is None else [1 / n] * n
+
     def merged(self, tensors: list[Tensor], name: str) -> Tensor:
         """The merged tensor, fp32, of aligned ones: fp32, one shape."""
         inputs = tensors[1:] if self.base else tensors

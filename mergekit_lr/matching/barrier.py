@@ -10,24 +10,40 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mergekit_lr.errors import RecipeError, UsageError
 from mergekit_lr.matching.many import interpolated
-from mergekit_lr.matching.network import perceptron, read_data
+from mergekit_lr.matching.network import network_of
+from mergekit_lr.matching.running import (
+    ROWS,
+    Samples,
+    as_batches,
+    check_labels,
+    mean_loss,
+    read_inputs,
+    read_labels,
+)
 from mergekit_lr.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from mergekit_lr.matching.align import How
 
 Tensors = dict[str, Tensor]
 Tell = Callable[[int, int, str], None]
 
 
-def barrier_height(losses: Sequence[float]) -> float:
-    """The barrier of losses at evenly spaced t from 0 to 1; negative rises do not count."""
+def barrier_height(losses: Sequence[float], ends: tuple[float, float] | None = None) -> float:
+    """The barrier of losses at evenly spaced t from 0 to 1; negative rises do not count.
+
+    ``ends``: the two models' own losses, where the line does not end in exactly these models.
+    """
     n = len(losses) - 1
-    return max(loss - ((1 - i / n) * losses[0] + i / n * losses[-1]) for i, loss in enumerate(losses))
+    first, last = ends or (losses[0], losses[-1])
+    return max(0.0, *(loss - ((1 - i / n) * first + i / n * last) for i, loss in enumerate(losses)))
 
 
 def loss_barrier(
@@ -53,7 +69,8 @@ def barrier(
 
     Every point is a real merge with this package, into a temporary folder. ``text``: files for language models
     (`mergekit_lr.evaluate`, nats per token, mean over the files); ``data``: ``inputs`` and ``labels`` in a safetensors
-    file, for perceptrons without a config (mean cross-entropy). One of the two is needed.
+    file, for perceptrons and ResNets without a config and classifiers of transformers (mean cross-entropy). One of the
+    two is needed.
 
     Returns:
         ``{"models", "t", "naive", "matched", "barrier_naive", "barrier_matched", "agreement_before",
@@ -88,33 +105,29 @@ def barrier(
                 if tell is not None:
                     tell(2 * i + (kind == "matched"), 2 * points, f"{kind}, t = {t:.2f}")
                 out = here / f"{kind}-{i}"
-                mergekit_lr.merge(_at(names, kind, t, saved), out, device=device)
+                mergekit_lr.merge(_at(loaded, names, kind, t, saved), out, device=device)
                 losses.append(loss(out))
                 _remove(out)
-        layers = _layers(names, saved)
+        layers = _layers(names, saved, merge.matching)  # type: ignore[attr-defined]
         return {
             "models": names,
             "t": grid,
             **rows,
             "barrier_naive": barrier_height(rows["naive"]),
-            "barrier_matched": barrier_height(rows["matched"]),
+            "barrier_matched": barrier_height(rows["matched"], ends=(rows["naive"][0], rows["naive"][-1])),
             "agreement_before": aligned.report["details"]["models"][0]["agreement_before"],
             "agreement_after": aligned.report["details"]["models"][0]["agreement_after"],
             "layers": layers,
         }
 
 
-def _at(names: Sequence[str], kind: str, t: float, saved: Path) -> dict[str, Any]:
+def _at(recipe: Recipe, names: Sequence[str], kind: str, t: float, saved: Path) -> dict[str, Any]:
     if kind == "naive":
         weights = (1 - t, t)
         models = [{"model": n, "parameters": {"weight": w}} for n, w in zip(names, weights, strict=True)]
         return {"merge_method": "linear", "models": models, "parameters": {"normalize": False}}
-    return {
-        "merge_method": "weight_matching",
-        "models": [{"model": n} for n in names],
-        "parameters": {"t": t},
-        "permutations": str(saved),
-    }
+    plain = recipe.canonical()
+    return {**plain, "parameters": {**plain["parameters"], "t": t}, "permutations": str(saved)}
 
 
 def _loss_of(
@@ -124,40 +137,38 @@ def _loss_of(
         from mergekit_lr.evaluation import evaluate
 
         return lambda folder: float(evaluate(folder, text, device=device, max_tokens=max_tokens)["mean"])
-    inputs, labels = read_data(Path(data))
+    path = Path(data)
+    inputs, labels = read_inputs(path), read_labels(path)
 
     def loss(folder: Path) -> float:
-        outputs = perceptron(_tensors(folder), inputs, activation, str(folder))
-        return float(torch.nn.functional.cross_entropy(outputs.double(), labels))
+        tensors, config = _tensors(folder)
+        network = network_of(tensors, config, str(folder), activation)
+        samples = Samples(as_batches(inputs, config), None if labels is None else torch.split(labels, ROWS))
+        return mean_loss(network, check_labels(network, samples, str(path)))
 
     return loss
 
 
-def _tensors(folder: Path) -> Tensors:
+def _tensors(folder: Path) -> tuple[Tensors, Mapping[str, Any] | None]:
     from mergekit_lr.checkpoint.model import open_folder
-    from mergekit_lr.matching.align import reader
+    from mergekit_lr.matching.inputs import Reader
 
     with open_folder(folder, str(folder)) as model:
-        read = reader(model, 0)
-        return {n: read(n) for n in model.tensors}
+        read = Reader(model, 0)
+        return {n: read(n) for n in model.tensors}, model.config
 
 
-def _layers(names: Sequence[str], saved: Path) -> list[dict[str, Any]]:
+def _layers(names: Sequence[str], saved: Path, matching: How) -> list[dict[str, Any]]:
     from mergekit_lr.checkpoint.open import open_model
     from mergekit_lr.checkpoint.reference import ModelReference
-    from mergekit_lr.matching.align import reader, spec_of
+    from mergekit_lr.matching.align import Wanted, align
     from mergekit_lr.matching.diagnose import agreements
-    from mergekit_lr.matching.member import apply
-    from mergekit_lr.matching.saved import load_members
-    from mergekit_lr.matching.vocabulary import row_map
 
     with open_model(ModelReference.parse(names[0])) as a, open_model(ModelReference.parse(names[1])) as b:
-        spec = spec_of(str(saved), a)
-        member = load_members(saved, spec, 2)[1]
-        read_a, read_b = reader(a, 1 << 30), reader(b, 1 << 30, row_map(a, b))
-        matrices = [n for n in a.tensors if spec.of_tensor[n][0].groups()]
-        before = agreements(matrices, read_a, read_b, top=True)
-        after = agreements(matrices, read_a, lambda n: apply(spec, member, read_b, n), top=True)
+        aligned = align([a, b], str(saved), Wanted(matching=matching, keep=1 << 31))
+        matrices = [n for n in a.tensors if aligned.specs[0].of_tensor[n][0].groups()]
+        before = agreements(matrices, *aligned.reads, top=True)
+        after = agreements(matrices, aligned.reads[0], aligned.read(1), top=True)
     return [
         {
             "name": x.name,

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mergekit_lr.errors import UsageError
+from mergekit_lr.matching.running import Batch, run
 
 
-def reset(model: nn.Module, batches: Sequence[Tensor]) -> int:
+def reset(model: nn.Module, batches: Sequence[Batch]) -> int:
     """Replace all running means and variances by those of ``batches``; returns how many layers had them.
 
     The mean over all batches, of equal weight (momentum None); layers are measured in one pass, in training mode for
@@ -38,7 +39,7 @@ def reset(model: nn.Module, batches: Sequence[Tensor]) -> int:
     try:
         with torch.no_grad():
             for batch in batches:
-                model(batch)
+                run(model, batch)
     finally:
         for m, (momentum, _) in zip(layers, before, strict=True):
             m.momentum = momentum
@@ -48,18 +49,27 @@ def reset(model: nn.Module, batches: Sequence[Tensor]) -> int:
     return len(layers)
 
 
-def repair(merged: nn.Module, a: nn.Module, b: nn.Module, batches: Sequence[Tensor], t: float = 0.5) -> int:
-    """Scale and shift the outputs of every ``nn.Linear`` and convolution but the last.
+def repair(merged: nn.Module, a: nn.Module, b: nn.Module, batches: Sequence[Batch], t: float = 0.5) -> int:
+    """`repair_from` two models, b aligned to a, with shares ``1 - t`` and ``t``."""
+    return len(repair_from(merged, [a, b], [1 - t, t], batches))
 
-    After it, each unit of ``merged`` has mean ``(1 - t) mu_a + t mu_b`` and standard deviation ``(1 - t) s_a + t s_b``
-    over the batches, the two models' own (b aligned to a). Layers are mended in order, since each changes what the next
-    sees. Returns the number of layers mended.
+
+def repair_from(
+    merged: nn.Module, models: Sequence[nn.Module], shares: Sequence[float], batches: Sequence[Batch]
+) -> list[str]:
+    """Scale and shift the outputs of every ``nn.Linear`` and convolution but the last; returns their names.
+
+    After it, each unit of ``merged`` has mean ``sum_i share_i mu_i`` and standard deviation ``sum_i share_i s_i`` over
+    the batches, with the aligned models' own. Layers are mended in order, since each changes what the next sees; one
+    without a bias gets one.
     """
     names = [n for n, m in merged.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)][:-1]
-    goal = [_moments(model, names, batches) for model in (a, b)]
+    goal = [_moments(model, names, batches) for model in models]
     for n in names:
         mean, deviation = _moments(merged, [n], batches)[n]
-        want_mean, want_deviation = ((1 - t) * goal[0][n][i] + t * goal[1][n][i] for i in (0, 1))
+        want_mean, want_deviation = (
+            torch.stack([s * g[n][i] for s, g in zip(shares, goal, strict=True)]).sum(0) for i in (0, 1)
+        )
         scale = torch.where(deviation > 1e-12, want_deviation / deviation.clamp_min(1e-12), 1.0)
         layer = merged.get_submodule(n)
         assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
@@ -69,10 +79,10 @@ def repair(merged: nn.Module, a: nn.Module, b: nn.Module, batches: Sequence[Tens
             bias = torch.zeros(len(scale), dtype=weight.dtype) if layer.bias is None else layer.bias
             shift = (bias.double() - mean) * scale + want_mean
             layer.bias = nn.Parameter(shift.to(weight.dtype))
-    return len(names)
+    return names
 
 
-def _moments(model: nn.Module, names: list[str], batches: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _moments(model: nn.Module, names: list[str], batches: Sequence[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and standard deviation of every unit of some layers over all batches, in fp64."""
     sums: dict[str, list[Tensor]] = {}
 
@@ -89,7 +99,7 @@ def _moments(model: nn.Module, names: list[str], batches: Sequence[Tensor]) -> d
     try:
         with torch.no_grad():
             for batch in batches:
-                model(batch)
+                run(model, batch)
     finally:
         for h in handles:
             h.remove()

@@ -1,14 +1,15 @@
 """Members of a symmetry group as a safetensors file, to look at and to use again.
 
-Tensors ``<model>.<group>`` (int32, ``[n]`` or ``[parent's size, n]``: place i holds what was at this place) and
-``<model>.<group>.signs`` (int8). Metadata: ``permutations`` (what the recipe said), ``family``, ``models`` (JSON list;
-the first is the one that the others were aligned to and has no tensors) and ``format``.
+Tensors ``<model>.<group>`` (int32, ``[n]`` or ``[parent's size, n]``: place i holds what was at this place),
+``<model>.<group>.signs`` (int8) and, where neurons were mixed, ``<model>.<group>.plan`` (fp64, ``[n, m]``). Metadata:
+``permutations`` (what the recipe said), ``family``, ``models`` (JSON list; the first is the one that the others were
+aligned to and has no tensors) and ``format``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mergekit_lr.arch.symmetry import SymmetrySpec
 from mergekit_lr.checkpoint.header import read_header
-from mergekit_lr.checkpoint.model import open_file
+from mergekit_lr.checkpoint.model import Checkpoint, open_file
 from mergekit_lr.checkpoint.writer import write_safetensors
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.matching.member import Member, identity
@@ -25,16 +26,24 @@ FORMAT = "mergekit_lr.permutations.1"
 
 
 def save_members(
-    path: Path, spec: SymmetrySpec, members: Sequence[Member], models: Sequence[str], permutations: str
+    path: Path,
+    members: Sequence[Member],
+    models: Sequence[str],
+    *,
+    family: str,
+    permutations: str,
+    plans: Sequence[Mapping[str, Tensor]] = (),
 ) -> None:
-    """Write the members of all models but the first, atomically."""
+    """Write the members, and plans, of all models but the first, atomically."""
     tensors: dict[str, Tensor] = {}
     for i, member in enumerate(members[1:], 1):
         for group, p in member.permutations.items():
             tensors[f"{i}.{group}"] = p.to(torch.int32)
         for group, s in member.signs.items():
             tensors[f"{i}.{group}.signs"] = s
-    said = {"format": FORMAT, "permutations": permutations, "family": spec.family, "models": json.dumps(list(models))}
+        for group, plan in (plans[i] if plans else {}).items():
+            tensors[f"{i}.{group}.plan"] = plan
+    said = {"format": FORMAT, "permutations": permutations, "family": family, "models": json.dumps(list(models))}
     write_safetensors(path, tensors, said)
 
 
@@ -59,42 +68,64 @@ def _metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def load_members(path: Path, spec: SymmetrySpec, count: int) -> list[Member]:
-    """The members of ``count`` models, the identity first.
+def load_members(
+    path: Path, specs: Sequence[SymmetrySpec], *, mixed: bool = False
+) -> tuple[list[Member], list[dict[str, Tensor]]]:
+    """The members of as many models as there are specs, the identity first, and where ``mixed`` their plans.
 
     Raises:
-        CheckpointError: the file is for another number of models, or its permutations do not fit the spec.
+        CheckpointError: the file is for another number of models, its permutations do not fit the specs, or it holds
+            plans and none are wanted, or the other way round.
     """
     models = json.loads(_metadata(path)["models"])
-    if len(models) != count:
+    if len(models) != len(specs):
         raise CheckpointError(
-            f"the permutations are for {len(models)} models and the recipe has {count}", where=str(path)
+            f"the permutations are for {len(models)} models and the recipe has {len(specs)}", where=str(path)
         )
     with open_file(path, str(path)) as file:
+        has_plans = any(n.endswith(".plan") for n in file.tensors)
+        if has_plans is not mixed:
+            what = "holds plans of optimal transport" if has_plans else "holds no plans of optimal transport"
+            fix = f"set `matching: {'transport' if has_plans else 'permutation'}`, or permutations to another file"
+            raise CheckpointError(f"the file {what}", where=str(path), fix=fix)
+        members, plans = [identity(specs[0])], [dict[str, Tensor]()]
+        for i, spec in enumerate(specs[1:], 1):
+            members.append(_member(file, path, spec, i))
+            plans.append(_plans(file, path, specs[0], spec, i))
+    return members, plans
 
-        def read(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            info = file.tensors.get(name)
-            if info is None or info.shape != shape:
-                found = "none" if info is None else f"one of shape {list(info.shape)}"
-                raise CheckpointError(
-                    f"the permutations do not fit: {name} should have shape {list(shape)}, there is {found}",
-                    where=str(path),
-                )
-            n = int(torch.tensor(shape).prod())
-            return file.read(name, 0, n).reshape(shape).to(dtype)
 
-        members = [identity(spec)]
-        for i in range(1, count):
-            permutations, signs = {}, {}
-            for name, group in spec.groups.items():
-                shape = (*spec.outer(name), group.size)
-                p = read(f"{i}.{name}", shape, torch.int64)
-                if not bool((p.sort(dim=-1).values == torch.arange(group.size)).all()):
-                    raise CheckpointError(f"{i}.{name} is no permutation", where=str(path))
-                permutations[name] = p
-                if group.signed:
-                    signs[name] = read(f"{i}.{name}.signs", shape, torch.int8)
-                    if not bool((signs[name].abs() == 1).all()):
-                        raise CheckpointError(f"{i}.{name}.signs are not all +1 or -1", where=str(path))
-            members.append(Member(permutations, signs))
-    return members
+def _member(file: Checkpoint, path: Path, spec: SymmetrySpec, i: int) -> Member:
+    permutations, signs = {}, {}
+    for name, group in spec.groups.items():
+        shape = (*spec.outer(name), group.size)
+        p = _read(file, path, f"{i}.{name}", shape).to(torch.int64)
+        if not bool((p.sort(dim=-1).values == torch.arange(group.size)).all()):
+            raise CheckpointError(f"{i}.{name} is no permutation", where=str(path))
+        permutations[name] = p
+        if group.signed:
+            signs[name] = _read(file, path, f"{i}.{name}.signs", shape).to(torch.int8)
+            if not bool((signs[name].abs() == 1).all()):
+                raise CheckpointError(f"{i}.{name}.signs are not all +1 or -1", where=str(path))
+    return Member(permutations, signs)
+
+
+def _plans(file: Checkpoint, path: Path, first: SymmetrySpec, spec: SymmetrySpec, i: int) -> dict[str, Tensor]:
+    found = {}
+    for name, group in spec.groups.items():
+        if f"{i}.{name}.plan" in file.tensors:
+            plan = _read(file, path, f"{i}.{name}.plan", (first.groups[name].size, group.size)).double()
+            if not bool(((plan >= 0) & (plan <= 1)).all()):
+                raise CheckpointError(f"{i}.{name}.plan is no plan of transport", where=str(path))
+            found[name] = plan
+    return found
+
+
+def _read(file: Checkpoint, path: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    info = file.tensors.get(name)
+    if info is None or info.shape != shape:
+        found = "none" if info is None else f"one of shape {list(info.shape)}"
+        raise CheckpointError(
+            f"the permutations do not fit: {name} should have shape {list(shape)}, there is {found}", where=str(path)
+        )
+    return file.read(name, 0, info.numel).reshape(shape)

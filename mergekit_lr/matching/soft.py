@@ -13,7 +13,9 @@ permutation they were given.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -90,8 +92,11 @@ def soft_match(
     regularization: float = 0.0,
     sweeps: int = 3,
     threads: int = 1,
+    only: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Plans of all groups that are softened. For equal widths give a ``b`` that is already permuted.
+
+    ``only``: patterns (``ffn.*``) of the groups to soften, where they are equally wide; the others stay as they are.
 
     The first sweep goes from the inputs on, each plan using the tensors whose other axes are fixed or planned; later
     sweeps use all tensors.
@@ -100,12 +105,14 @@ def soft_match(
         CheckpointError: other widths differ than those of groups that can be softened.
     """
     soft = [g for g in spec_a.groups if _is_soft(spec_a, g)]
-    _check_fit(spec_a, spec_b, soft)
+    check_widths(spec_a, spec_b)
+    soft = [g for g in soft if not only or _named(g, only) or spec_a.groups[g].size != spec_b.groups[g].size]
     plans: dict[str, Tensor] = {}
     for _ in range(sweeps):
         waiting = list(soft)
         while waiting:
-            ready = {g: gain for g in waiting if (gain := _gain(spec_a, spec_b, g, a, b, plans, threads)) is not None}
+            gains = {g: _gain(spec_a, spec_b, g, a, b, plans, soft, threads) for g in waiting}
+            ready = {g: gain for g, gain in gains.items() if gain is not None}
             if not ready:
                 raise CheckpointError("no path from the inputs plans every group", why=f"{waiting[0]} is cut off")
             for g, gain in ready.items():
@@ -116,16 +123,36 @@ def soft_match(
 
 def soft_apply(spec_a: SymmetrySpec, plans: Plans, name: str, tensor: Tensor) -> Tensor:
     """B's tensor brought to A's neurons, fp64."""
-    entry, _ = spec_a.of_tensor[name]
     out = tensor.double() if tensor.is_floating_point() else tensor
-    for axis, what in enumerate(entry.axes):
-        group = _soft_group(what)
-        if group in plans and out.is_floating_point():
-            out = _mix(out, axis, plans[str(group)], what[0][1].size if len(what[0]) > 1 else 1, axis in entry.reads)
+    for m in mixed_axes(spec_a, plans, name) if out.is_floating_point() else ():
+        out = mix(out, m.axis, plans[m.group], m.block, m.reads)
     return out
 
 
-def _mix(x: Tensor, axis: int, plan: Tensor, block: int, reads: bool) -> Tensor:
+@dataclass(frozen=True)
+class Mixed:
+    """An axis that a plan mixes; it counts through the group, then through ``block`` places that stay together."""
+
+    axis: int
+    group: str
+    block: int
+    reads: bool
+
+
+def mixed_axes(spec: SymmetrySpec, plans: Plans, name: str) -> list[Mixed]:
+    """The axes of a tensor that plans mix, in order."""
+    entry, _ = spec.of_tensor[name]
+    found = []
+    for axis, what in enumerate(entry.axes):
+        group = _soft_group(what)
+        if group is not None and group in plans:
+            block = what[0][1].size if len(what[0]) > 1 else 1
+            found.append(Mixed(axis, group, block, axis in entry.reads))
+    return found
+
+
+def mix(x: Tensor, axis: int, plan: Tensor, block: int, reads: bool) -> Tensor:
+    """One axis of an fp64 tensor through a plan ``[n, m]``: ``m * block`` places become ``n * block``."""
     n, m = plan.shape
     weights = plan * (m if reads else n)
     x = unfold(x, axis, (m, block)).movedim(axis, 0)
@@ -155,7 +182,7 @@ def _is_soft(spec: SymmetrySpec, group: str) -> bool:
 
 def _gain(
     spec_a: SymmetrySpec, spec_b: SymmetrySpec, group: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor],
-    plans: Plans, threads: int,
+    plans: Plans, soft: Sequence[str], threads: int,
 ) -> Tensor | None:  # fmt: skip
     """Inner products of neurons over the tensors whose other axes fit; None where there is no such tensor yet."""
     others = {g: p for g, p in plans.items() if g != group}
@@ -169,7 +196,7 @@ def _gain(
                     continue
                 open_axes = [
                     g for i, w in enumerate(entry.axes)
-                    if i != axis and (g := _soft_group(w)) and _is_soft(spec_a, g) and g not in others
+                    if i != axis and (g := _soft_group(w)) in soft and g not in others
                 ]  # fmt: skip
                 if open_axes:
                     continue
@@ -183,13 +210,23 @@ def _rows(x: Tensor, axis: int, n: int) -> Tensor:
     return unfold(x, axis, (n, -1)).movedim(axis, 0).reshape(n, -1)
 
 
-def _check_fit(a: SymmetrySpec, b: SymmetrySpec, soft: list[str]) -> None:
+def check_widths(a: SymmetrySpec, b: SymmetrySpec, where: str = "") -> None:
+    """Two models may differ in the widths of groups that can be softened, and in nothing else.
+
+    Raises:
+        CheckpointError: they do.
+    """
     if set(a.groups) != set(b.groups):
         odd = min(set(a.groups) ^ set(b.groups))
-        raise CheckpointError(f"only one of the models has the group {odd}", why="their depths differ")
+        raise CheckpointError(f"only one of the models has the group {odd}", where=where, why="their depths differ")
     for g in a.groups:
-        if g not in soft and a.groups[g].size != b.groups[g].size:
+        if not _is_soft(a, g) and a.groups[g].size != b.groups[g].size:
             raise CheckpointError(
                 f"{g} has {a.groups[g].size} parts in one model and {b.groups[g].size} in the other",
+                where=where,
                 why="heads and experts are not mixed",
             )
+
+
+def _named(group: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(group, p) for p in patterns)

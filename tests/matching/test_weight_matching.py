@@ -227,7 +227,7 @@ def test_activations_on_data_find_the_permutation(pair, tmp_path) -> None:
     data = write(tmp_path / "data.safetensors", {"inputs": torch.randn(80, 6)})
     found, _ = run(tmp_path / "out", a, b, parameters={"cost": "both", "data": data, "t": 1.0})
     assert all(torch.equal(found[n], x) for n, x in tensors.items())
-    with pytest.raises(RecipeError, match="something to run on"):
+    with pytest.raises(RecipeError, match="nothing to run the models on"):
         run(tmp_path / "no", a, b, parameters={"cost": "activations"})
 
 
