@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.(safetensors|bin)")
 MAX_JSON = 64 << 20
+HUB = "hf://"
+"""How the path of a file begins that is on the Hub only."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class Stamp:
     mtime_ns: int
     inode: int
     header: str
+
+    @property
+    def identity(self) -> list[Any]:
+        if self.path.startswith(HUB) or Path(self.path).parent.name == "blobs":
+            return ["", self.size, 0, self.header]
+        return [Path(self.path).name, self.size, self.mtime_ns, self.header]
 
     def still_holds(self) -> bool:
         try:
@@ -120,8 +128,11 @@ class Checkpoint:
         return [s.path for s in self.stamps if not s.still_holds()]
 
     def identity(self) -> list[list[Any]]:
-        """What decides whether a later run reads the same bytes: names, sizes, times and header digests."""
-        return [[Path(s.path).name, s.size, s.mtime_ns, s.header] for s in self.stamps]
+        """What decides whether a later run reads the same bytes: names, sizes, times and header digests.
+
+        A file of the Hub is the same wherever it was put and whenever.
+        """
+        return [s.identity for s in self.stamps]
 
     def close(self) -> None:
         while self._descriptors:

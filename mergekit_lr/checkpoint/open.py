@@ -9,40 +9,60 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit_lr.checkpoint.model import Checkpoint, inside, open_file, open_folder
 from mergekit_lr.checkpoint.reference import ModelReference, Place
 from mergekit_lr.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mergekit_lr.checkpoint.store import ShardStore
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def open_model(
-    reference: ModelReference, *, allow_pickle: bool = False, cache: Path | None = None, headers_only: bool = False
+    reference: ModelReference,
+    *,
+    allow_pickle: bool = False,
+    cache: Path | None = None,
+    headers_only: bool = False,
+    store: ShardStore | None = None,
+    verify: bool = False,
 ) -> Checkpoint:
     """Open what a reference names, reading headers only.
 
     ``cache`` is where Hub files and converted pickles are kept; by default the Hub's own cache, and for pickles a
     temporary folder that ``close`` removes. ``allow_pickle`` lets ``.bin``/``.pt`` weights be converted. With
-    ``headers_only`` the weights of a Hub model are not downloaded, and reading them is an error.
+    ``headers_only`` the weights of a Hub model are not downloaded, and reading them is an error; with a ``store`` they
+    are when they are read, and kept there. ``verify``: what was downloaded is compared with the Hub's digests.
 
     Raises:
         CheckpointError: the model is missing, damaged, hostile or not available, or its adapter does not fit it.
+        ResourceError: the Hub does not deliver.
     """
     base = None
-    if headers_only and _is_remote(reference.model):
-        from mergekit_lr.checkpoint.remote import open_headers
-
-        base = open_headers(reference.model, str(reference), cache=cache, hint=_hint(reference.model))
-    base = base or _open_place(reference.model, str(reference), allow_pickle, cache)
+    if (headers_only or store is not None) and _is_remote(reference.model):
+        base = _open_remote(reference.model, str(reference), cache, None if headers_only else store)
+    base = base or _open_place(reference.model, str(reference), allow_pickle, cache, verify)
     if reference.adapter is None:
         return base
     try:
-        return _adapted(base, reference.adapter, str(reference), allow_pickle, cache)
+        return _adapted(base, reference.adapter, str(reference), allow_pickle, cache, verify)
     except CheckpointError:
         base.close()
         raise
+
+
+def _open_remote(place: Place, reference: str, cache: Path | None, store: ShardStore | None) -> Checkpoint | None:
+    """A Hub model that is not all in the cache: its headers, and its shards in the ``store`` if there is one."""
+    from mergekit_lr.checkpoint.remote import look, open_headers
+
+    if store is None:
+        return open_headers(place, reference, cache=cache, hint=_hint(place))
+    remote = look(place, cache=cache, hint=_hint(place))
+    return None if remote is None else store.open(remote, reference)
 
 
 def local_path(place: Place, *, cache: Path | None = None) -> Path:
@@ -54,7 +74,9 @@ def local_path(place: Place, *, cache: Path | None = None) -> Path:
     return _locate(place, cache, adapter=False, allow_pickle=False)[0]
 
 
-def _locate(place: Place, cache: Path | None, *, adapter: bool, allow_pickle: bool) -> tuple[Path, str | None]:
+def _locate(
+    place: Place, cache: Path | None, *, adapter: bool, allow_pickle: bool, verify: bool = False
+) -> tuple[Path, str | None]:
     """Local path and, for a Hub model, the commit it was taken at."""
     path = local(place)
     if exists(path):
@@ -63,7 +85,7 @@ def _locate(place: Place, cache: Path | None, *, adapter: bool, allow_pickle: bo
         raise _missing(place, path)
     from mergekit_lr.checkpoint.hub import fetch
 
-    return fetch(place, cache=cache, adapter=adapter, allow_pickle=allow_pickle, hint=_hint(place))
+    return fetch(place, cache=cache, adapter=adapter, allow_pickle=allow_pickle, verify=verify, hint=_hint(place))
 
 
 def _is_remote(place: Place) -> bool:
@@ -113,8 +135,10 @@ def _readable(folder: Path) -> bool:
     return True
 
 
-def _open_place(place: Place, reference: str, allow_pickle: bool, cache: Path | None) -> Checkpoint:
-    path, revision = _locate(place, cache, adapter=False, allow_pickle=allow_pickle)
+def _open_place(
+    place: Place, reference: str, allow_pickle: bool, cache: Path | None, verify: bool = False
+) -> Checkpoint:
+    path, revision = _locate(place, cache, adapter=False, allow_pickle=allow_pickle, verify=verify)
     if path.is_dir():
         checkpoint = _open_local_folder(path, reference, allow_pickle, cache)
     elif path.suffix in PICKLE_SUFFIXES:
@@ -164,10 +188,12 @@ def _open_pickles(
     return open_converted([inside(parent, n) for n in names], folder, reference, cache)
 
 
-def _adapted(base: Checkpoint, place: Place, reference: str, allow_pickle: bool, cache: Path | None) -> Checkpoint:
+def _adapted(
+    base: Checkpoint, place: Place, reference: str, allow_pickle: bool, cache: Path | None, verify: bool = False
+) -> Checkpoint:
     from mergekit_lr.checkpoint.lora import adapt
 
-    path, revision = _locate(place, cache, adapter=True, allow_pickle=allow_pickle)
+    path, revision = _locate(place, cache, adapter=True, allow_pickle=allow_pickle, verify=verify)
     if not path.is_dir():
         raise CheckpointError(
             "a LoRA adapter is a folder",

@@ -51,6 +51,9 @@ ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes in one 
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .bin and .pt weights too, in a confined process.")
 ]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Ask nothing of the Hub: use its cache, as HF_HUB_OFFLINE=1 does.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings on standard error.")]
 

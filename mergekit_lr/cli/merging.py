@@ -12,6 +12,7 @@ from mergekit_lr.cli.app import (
     Device,
     Json,
     MaxMemory,
+    Offline,
     Quiet,
     RecipePath,
     ShardSize,
@@ -41,6 +42,10 @@ def merge(
         str | None,
         typer.Option(metavar="I/N", help="Do one of N parts, on storage that all share; the last one writes OUT."),
     ] = None,
+    offline: Offline = False,
+    verify_inputs: Annotated[
+        bool, typer.Option("--verify-inputs", help="Compare downloads with the digests that the Hub states.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -65,6 +70,8 @@ def merge(
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             part=part,
+            offline=offline,
+            verify_inputs=verify_inputs,
             progress=progress,
         )
     if not quiet:
@@ -145,6 +152,7 @@ def plan(
     graph: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw the graph, summarised by layer.", show_default=False)
     ] = None,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Say what a merge would read, write and hold in memory. Reads no weights."""
@@ -159,6 +167,7 @@ def plan(
         allow_pickle=allow_pickle,
         bandwidth=bandwidth,
         graph=graph,
+        offline=offline,
     )
     if as_json:
         print_json(result.to_dict())

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lr.checkpoint.model import HUB
 from mergekit_lr.sizes import format_duration, format_size
 from mergekit_lr.tokenizer.align import token_lines
 
@@ -96,7 +97,7 @@ def picture(plan: Plan) -> str:
 def download_bytes(plan: Plan) -> int:
     """Bytes of the inputs' files that are on the Hub and not on this machine."""
     every = {s.path: s.size for file in plan.graph.files for s in plan.inputs[file].stamps}
-    return sum(size for path, size in every.items() if path.startswith("hf://"))
+    return sum(size for path, size in every.items() if path.startswith(HUB))
 
 
 def free_here() -> int:

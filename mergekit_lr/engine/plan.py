@@ -20,6 +20,7 @@ from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
+from mergekit_lr.checkpoint.store import ShardStore
 from mergekit_lr.engine.describe import describe, in_words
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.side_files import carried_over, merged_config
@@ -168,12 +169,15 @@ def planned(
     allow_pickle: bool = False,
     headers_only: bool = False,
     prepare: Prepare | None = None,
+    store: ShardStore | None = None,
+    verify: bool = False,
 ) -> Iterator[Plan]:
     """Open the inputs, check them against each other, and lay everything out.
 
     With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. Without it, heads that
-    a tied reference has no place for are compared with their model's embeddings. ``prepare`` is called for a method
-    that must find something out first, and returns the folder in which it kept that.
+    a tied reference has no place for are compared with their model's embeddings. ``store`` keeps the shards of Hub
+    models that are fetched one by one. ``verify``: downloads are compared with the Hub's digests. ``prepare`` is
+    called for a method that must find something out first, and returns the folder in which it kept that.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -183,7 +187,7 @@ def planned(
     loaded = load_recipe(recipe)
     with ExitStack() as stack:
         with _without_collector():
-            inputs = _opened(loaded, stack, allow_pickle, headers_only)
+            inputs = _opened(loaded, stack, allow_pickle, headers_only, store, verify)
             inputs, tokens = align(loaded, inputs, _tokenizer(loaded, inputs, stack))
             refuse_where_unused(loaded, tokens, _kind(loaded))
         settings = Settings(choose_device(device), max_memory, threads, parse_size(shard_size))
@@ -214,11 +218,18 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _opened(recipe: Recipe, stack: ExitStack, allow_pickle: bool, headers_only: bool) -> dict[str, Checkpoint]:
+def _opened(
+    recipe: Recipe,
+    stack: ExitStack,
+    allow_pickle: bool,
+    headers_only: bool,
+    store: ShardStore | None,
+    verify: bool,
+) -> dict[str, Checkpoint]:
     """Every model that the recipe names, by what it calls it; closed with ``stack``."""
     inputs: dict[str, Checkpoint] = {}
     for reference in recipe.references():
-        opened = open_model(reference, allow_pickle=allow_pickle, headers_only=headers_only)
+        opened = open_model(reference, allow_pickle=allow_pickle, headers_only=headers_only, store=store, verify=verify)
         stack.callback(opened.close)
         _check_kind(opened, reads_bundles=isinstance(recipe.method, Rewrite) and recipe.method.reads_bundles)
         inputs[str(reference)] = opened

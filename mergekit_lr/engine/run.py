@@ -10,6 +10,7 @@ from typing import Any
 
 from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.retry import offline as offline_mode
 from mergekit_lr.engine.artifacts import compute_artifacts
 from mergekit_lr.engine.manifest import make_report, small_files
 from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, Settings, planned
@@ -45,6 +46,8 @@ def merge(
     overwrite: bool = False,
     allow_pickle: bool = False,
     part: str | None = None,
+    offline: bool = False,
+    verify_inputs: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Carry out a recipe and write the merged model to the folder ``out``.
@@ -62,6 +65,8 @@ def merge(
         allow_pickle: read ``.bin`` weights too, in a confined child process.
         part: ``"I/N"``: do only the I-th of N parts, counted from 1, on storage that all of them share. They may run
             anywhere, at any time and in any order; the one that finds all others done writes the output.
+        offline: ask nothing of the Hub; use what is in its cache.
+        verify_inputs: compare what was downloaded from the Hub with the digests that it states.
         progress: called from this thread a few times a second.
 
     Raises:
@@ -71,8 +76,9 @@ def merge(
         from mergekit_lr.engine.parts import merge_part
 
         settings = {"device": device, "max_memory": max_memory, "threads": threads, "shard_size": shard_size}
-        settings |= {"allow_pickle": allow_pickle}
-        return merge_part(recipe, Path(out), part, settings, resume=resume, overwrite=overwrite, progress=progress)
+        settings |= {"allow_pickle": allow_pickle, "verify": verify_inputs}
+        with offline_mode(offline):
+            return merge_part(recipe, Path(out), part, settings, resume=resume, overwrite=overwrite, progress=progress)
     target = Path(out)
     space = Workspace(target)
 
@@ -82,15 +88,19 @@ def merge(
             return run_preparation(recipe, inputs, settings, space, progress)
 
     try:
-        with planned(
-            recipe,
-            device=device,
-            max_memory=max_memory,
-            threads=threads,
-            shard_size=shard_size,
-            allow_pickle=allow_pickle,
-            prepare=prepare,
-        ) as plan:
+        with (
+            offline_mode(offline),
+            planned(
+                recipe,
+                device=device,
+                max_memory=max_memory,
+                threads=threads,
+                shard_size=shard_size,
+                allow_pickle=allow_pickle,
+                prepare=prepare,
+                verify=verify_inputs,
+            ) as plan,
+        ):
             return run(plan, target, resume=resume, overwrite=overwrite, progress=progress, space=space)
     finally:
         space.release()

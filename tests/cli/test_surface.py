@@ -14,7 +14,7 @@ SURFACE = {
     "": ["--debug", "--version"],
     "merge": [
         *("RECIPE", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
-        *("--overwrite", "--allow-pickle", "--part", "--json", "--quiet -q"),
+        *("--overwrite", "--allow-pickle", "--part", "--offline", "--verify-inputs", "--json", "--quiet -q"),
     ],
     "recover": [
         *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),
@@ -22,7 +22,7 @@ SURFACE = {
     ],
     "plan": [
         *("RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--bandwidth"),
-        *("--graph", "--json"),
+        *("--graph", "--offline", "--json"),
     ],
     "check": ["RECIPE", "--json"],
     "verify": ["OUT", "--json"],

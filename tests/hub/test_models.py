@@ -1,0 +1,280 @@
+"""Models from the Hub: what is asked for, what is pinned, what is checked, what errors say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save
+
+from mergekit_lr.checkpoint.hub import SMALL_FILES
+from mergekit_lr.lazy import torch
+
+from ..hub_server import COMMAND, SHA, Fault, Hub, Runner
+
+PROGRAM = """
+import json, sys
+from mergekit_lr.checkpoint.open import open_model
+from mergekit_lr.checkpoint.reference import ModelReference
+from mergekit_lr.errors import CheckpointError, MergekitLrError
+out = []
+for text, options in json.loads(sys.argv[1]):
+    try:
+        with open_model(ModelReference.parse(text), **options) as c:
+            values = {}
+            for n, i in c.tensors.items():
+                try:
+                    values[n] = c.read(n, 0, i.numel).tolist()
+                except CheckpointError as e:
+                    values[n] = str(e)
+            out.append({"revision": c.revision, "values": values, "config": c.config, "changed": c.changed(),
+                        "shapes": {n: i.shape for n, i in c.tensors.items()}, "stamps": c.identity(),
+                        "kind": type(c).__name__})
+    except MergekitLrError as e:
+        out.append({"error": str(e), "code": e.exit_code})
+print(json.dumps(out))
+"""
+
+
+def ask(runner: Runner, home: Path, *questions: Any, **environment: str) -> list[dict[str, Any]]:
+    """Open references in a process of their own; a question is a text, or (text, options)."""
+    pairs = [(q, {}) if isinstance(q, str) else q for q in questions]
+    done = runner.run(home, PROGRAM, json.dumps(pairs), **environment)
+    assert done.returncode == 0, done.stderr
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers
+
+
+def shard(**values: list[float]) -> bytes:
+    data: bytes = save({n: torch.tensor(v) for n, v in values.items()}, metadata={"format": "pt"})
+    return data
+
+
+def sharded() -> dict[str, bytes]:
+    weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    return {
+        "config.json": b'{"model_type": "llama"}',
+        "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+        "model-1.safetensors": shard(a=[1.0, 2.0]),
+        "model-2.safetensors": shard(b=[3.0]),
+        "consolidated.safetensors": shard(z=[9.0]),
+        "tokenizer.json": b"{}",
+        "chat_template.jinja": b"{{ x }}",
+        "README.md": b"---\nlicense: mit\n---\n",
+        "modeling_evil.py": b"raise SystemExit",
+        "pytorch_model.bin": b"evil",
+        "picture.png": b"x" * 1000,
+        "onnx/model.safetensors": b"evil",
+        "original/tokenizer.model": b"x",
+    }
+
+
+def test_only_what_is_needed_is_fetched_and_the_commit_is_recorded(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    (first, again) = ask(runner, tmp_path, "org/name", f"org/name@{SHA}")
+    assert first["values"] == {"a": [1.0, 2.0], "b": [3.0]}
+    assert (first["revision"], first["config"]) == (SHA, {"model_type": "llama"})
+    assert first["stamps"] == again["stamps"]
+    expected = {n for n in sharded() if "/" not in n and not n.endswith((".py", ".bin", ".png"))}
+    assert hub.got() == expected - {"consolidated.safetensors"}
+    # A later offline run has it all, and asks for nothing.
+    hub.requests.clear()
+    (offline,) = ask(runner, tmp_path, "org/name", HF_HUB_OFFLINE="1")
+    assert offline["values"] == first["values"] and offline["revision"] == SHA
+    assert hub.requests == []
+
+
+def test_what_errors_say(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    for name in ("org/name", "org/gated"):
+        hub.add(name, sharded())
+    hub.add("org/empty", {"config.json": b"{}"})
+    hub.gated.add("org/gated")
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "names").mkdir()
+    missing, gated, revision, empty = ask(runner, tmp_path, "org/nam", "org/gated", "org/name@v9", "org/empty")
+    assert "the Hub has no such model" in missing["error"] and "there is org/names" in missing["error"]
+    assert "it is gated" in gated["error"] and "HF_TOKEN" in gated["error"]
+    assert "no revision 'v9'" in revision["error"]
+    assert "holds no weights" in empty["error"]
+    (offline,) = ask(runner, tmp_path, "org/name", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other"))
+    assert "HF_HUB_OFFLINE is set" in offline["error"]
+    assert [a["code"] for a in (missing, gated, revision, empty, offline)] == [4] * 5
+    program = PROGRAM.replace(
+        "out = []", "from huggingface_hub import constants\nconstants.ENDPOINT = 'http://127.0.0.1:9'\nout = []"
+    )
+    [unreachable] = json.loads(runner.run(tmp_path, program, json.dumps([("org/other", {})])).stdout)
+    assert "cannot be reached" in unreachable["error"] and "run the same command again" in unreachable["error"]
+    assert unreachable["code"] == 5
+
+
+def test_planning_fetches_headers_only(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    big = 1 << 20
+    big_files = {
+        "config.json": b"{}",
+        "model.safetensors.index.json": json.dumps(
+            {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+        ).encode(),
+        "model-1.safetensors": save({"a": torch.zeros(big)}),
+        "model-2.safetensors": save({"b": torch.zeros(2, big)}, metadata={"x": "y" * 300_000}),
+    }
+    hub.add("org/big", big_files)
+    hub.add("org/one", {"model.safetensors": save({"a": torch.zeros(big)}), "other.safetensors": b"x"})
+    only = {"headers_only": True}
+    sharded_model, one = ask(runner, tmp_path, ("org/big", only), ("org/one", only))
+    assert sharded_model["shapes"] == {"a": [big], "b": [2, big]} and one["shapes"] == {"a": [big]}
+    assert sharded_model["kind"] == "RemoteCheckpoint" and sharded_model["revision"] == SHA
+    assert "planning only" in sharded_model["values"]["a"] and sharded_model["changed"] == []
+    assert hub.sent < 2_000_000  # of 16 MB of weights: at most 128 KiB a file, and one long header
+
+
+def test_planning_where_the_server_ignores_ranges(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.ranges = False
+    hub.add("org/one", {"model.safetensors": save({"a": torch.zeros(8 << 20)})})
+    (answer,) = ask(runner, tmp_path, ("org/one", {"headers_only": True}))
+    assert answer["shapes"] == {"a": [8 << 20]}
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_planning_uses_what_is_cached(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    ask(runner, tmp_path, "org/name")
+    (answer,) = ask(runner, tmp_path, ("org/name", {"headers_only": True}), HF_HUB_OFFLINE="1")
+    assert answer["kind"] == "Checkpoint" and answer["values"]["a"] == [1.0, 2.0]
+
+
+def test_hostile_repositories(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    evil_index = json.dumps({"weight_map": {"a": "../../../etc/passwd"}}).encode()
+    hub.add("org/index", {"model.safetensors.index.json": evil_index})
+    hub.add("org/liar", {"model.safetensors": b"\xff" * 64})
+    hub.add("org/hole", {"model.safetensors": shard(a=[1.0])[:-2]})
+    hub.add("org/list", {"model.safetensors": shard(a=[1.0]), "config.json": b"[]"})
+    names = ["org/index", "org/liar", "org/hole", "org/list"]
+    for options in ({}, {"headers_only": True}):
+        answers = ask(runner, tmp_path, *((n, options) for n in names))
+        messages = [a["error"] for a in answers]
+        assert "plain .safetensors file name" in messages[0]
+        assert all("not a sound safetensors file" in m for m in messages[1:3])
+        assert "does not hold an object" in messages[3]
+
+
+def test_adapter_from_the_hub(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/base", {"model.safetensors": save({"m.weight": torch.zeros(3, 2)})})
+    factors = {
+        "base_model.model.m.lora_A.weight": torch.ones(1, 2),
+        "base_model.model.m.lora_B.weight": torch.ones(3, 1),
+    }
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 3}
+    lora = {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.safetensors": save(factors),
+        "checkpoint.safetensors": b"not asked for",
+    }
+    hub.add("org/lora", lora)
+    (answer,) = ask(runner, tmp_path, "org/base+org/lora")
+    assert answer["values"] == {"m.weight": [3.0] * 6}
+    assert "checkpoint.safetensors" not in hub.got()
+
+
+def test_the_token_stays_with_the_hub(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    ask(runner, tmp_path, ("org/name", {"headers_only": True}), "org/name")
+    asked = [r for r in hub.requests if not r.storage and "org/name" in r.path]
+    assert len(asked) > 5 and all(r.token for r in asked)
+    stored = [r for r in hub.requests if r.storage]
+    assert {r.path.rsplit("/", 1)[1] for r in stored} == {"model-1.safetensors", "model-2.safetensors"}
+    assert not any(r.token for r in stored)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("api/models", times=2, status=503),
+        Fault("api/models", times=1, status=429, headers={"Retry-After": "0"}),
+        Fault(r"GET /org/name/main/|GET .*model-1\.safetensors", times=2, cut=3),
+        Fault("GET .*model-2", times=1, status=500),
+    ],
+    ids=["busy", "rate", "cut", "broken"],
+)
+def test_what_passes_is_tried_again(hub: Hub, runner: Runner, tmp_path: Path, fault: Fault) -> None:
+    hub.add("org/name", sharded())
+    hub.faults.append(fault)
+    (answer,) = ask(runner, tmp_path, ("org/name", {"headers_only": True}))
+    assert answer["shapes"] == {"a": [2], "b": [1]} and fault.times == 0
+
+
+def test_what_does_not_pass_ends_resumable(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    hub.faults.append(Fault("model-2", times=1000, status=503))
+    (answer,) = ask(runner, tmp_path, ("org/name", {"headers_only": True}))
+    assert answer["code"] == 5 and "the Hub answered 503; 6 attempts" in answer["error"]
+
+
+def test_a_server_is_given_the_time_it_asks_for(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    hub.faults.append(Fault("api/models", times=1, status=429, headers={"Retry-After": "7"}))
+    program = PROGRAM.replace("import json, sys", "import json, sys, time\nslept = []\ntime.sleep = slept.append")
+    done = runner.run(tmp_path, program + "print(slept)", json.dumps([("org/name", {"headers_only": True})]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[7.0]"
+
+
+def test_a_refusal_is_not_tried_again(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/gated", sharded())
+    hub.gated.add("org/gated")
+    ask(runner, tmp_path, ("org/gated", {"headers_only": True}))
+    assert len(hub.requests) <= 2
+
+
+def test_a_shard_that_the_index_names_and_the_repository_lacks(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    files = sharded()
+    del files["model-2.safetensors"]
+    hub.add("org/name", files)
+    for options in ({}, {"headers_only": True}):
+        (answer,) = ask(runner, tmp_path, ("org/name", options))
+        assert answer["code"] == 4 and "'model-2.safetensors' is missing on the Hub" in answer["error"]
+
+
+def test_a_cached_file_that_was_damaged_is_fetched_again(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    (before,) = ask(runner, tmp_path, "org/name")
+    [cached] = list(tmp_path.rglob("model-1.safetensors"))
+    blob = cached.resolve()
+    good = blob.read_bytes()
+    blob.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    (unseen,) = ask(runner, tmp_path, "org/name", HF_HUB_OFFLINE="1")
+    assert unseen["values"] != before["values"]  # nobody looks unless told to
+    (offline,) = ask(runner, tmp_path, ("org/name", {"verify": True}), HF_HUB_OFFLINE="1")
+    assert offline["code"] == 4 and "sha256 is not what the Hub says" in offline["error"]
+    (mended,) = ask(runner, tmp_path, ("org/name", {"verify": True}))
+    assert mended["values"] == before["values"] and blob.read_bytes() == good
+
+
+def test_a_file_that_arrives_damaged_twice_is_an_error(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    hub.faults.append(Fault("GET .*model-1", times=100, flip=-1 + len(sharded()["model-1.safetensors"])))
+    (answer,) = ask(runner, tmp_path, ("org/name", {"verify": True}))
+    assert answer["code"] == 4 and "'model-1.safetensors' is damaged" in answer["error"]
+
+
+def test_planning_a_hub_recipe_by_command(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    weights = save({"w": torch.zeros(8 << 20)})
+    for name in ("org/base", "org/tuned"):
+        hub.add(name, {"model.safetensors": weights, "config.json": b"{}"})
+    recipe = "merge_method: linear\nmodels: [{model: org/base}, {model: org/tuned}]\nparameters: {weight: 1}\n"
+    (tmp_path / "recipe.yml").write_text(recipe)
+    done = runner.run(tmp_path, COMMAND, "plan", "recipe.yml", "--json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["download"] == plan["bytes_in"] + 2 * (len(weights) - (32 << 20)) == 2 * len(weights)
+    assert hub.sent < 0.01 * len(weights)  # of each model, whole files are never asked for
+    offline = runner.run(tmp_path, COMMAND, "plan", "recipe.yml", "--device", "cpu", "--offline")
+    assert offline.returncode == 4 and "--offline given" in offline.stderr
+
+
+def test_patterns_name_no_code() -> None:
+    from fnmatch import fnmatch
+
+    for name in ("modeling_x.py", "evil.pkl", "pytorch_model.bin", "x.pt", "run.sh", "model.onnx", "x.gguf"):
+        assert not any(fnmatch(name, p) for p in SMALL_FILES)
