@@ -157,6 +157,19 @@ class AdaptedCheckpoint(Checkpoint):
             return self.adapter.file_position(update.replaced)
         return self.base.file_position(update.start if update is not None and update.start else name)
 
+    def identity(self) -> list[list[Any]]:
+        """The base's, which may be no file, then the adapter's."""
+        own = self.stamps[len(self.base.stamps) :]
+        return self.base.identity() + [[Path(s.path).name, s.size, s.mtime_ns, s.header] for s in own]
+
+    def changed(self) -> list[str]:
+        """Input files of base and adapter that are not what they were when they were opened."""
+        return list(dict.fromkeys([*self.base.changed(), *super().changed()]))
+
+    def places(self) -> list[Path]:
+        """Where the base lies, and the adapter."""
+        return [*self.base.places(), self.adapter_folder]
+
     def close(self) -> None:
         self._factors.clear()
         self.base.close()

@@ -56,7 +56,8 @@ class Checkpoint:
 
     ``reference`` is what the recipe says, ``folder`` the model folder (None for a single file), ``config``
     its parsed config.json (None where there is none), ``tensors`` every tensor by name in file order,
-    ``revision`` the commit that a Hub model was taken at.
+    ``revision`` the commit that a Hub model was taken at. ``stage`` is the plan of the stage that makes it, where one
+    does, and ``made_by`` the digest of the run that did: its bytes then say more than its files' times.
     """
 
     reference: str
@@ -67,6 +68,8 @@ class Checkpoint:
     stamps: tuple[Stamp, ...] = field(repr=False)
     warnings: list[str] = field(default_factory=list)
     revision: str | None = None
+    made_by: str | None = None
+    stage: Any = field(default=None, repr=False)
     _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
     _opening: Lock = field(default_factory=Lock, repr=False)
 
@@ -132,7 +135,13 @@ class Checkpoint:
 
         A file of the Hub is the same wherever it was put and whenever.
         """
+        if self.made_by is not None:
+            return [[Path(s.path).name, s.size, 0, self.made_by] for s in self.stamps]
         return [s.identity for s in self.stamps]
+
+    def places(self) -> list[Path]:
+        """Folders and files that it is read from, as far as an output must not be one of them."""
+        return [self.folder or Path(self.stamps[0].path)]
 
     def close(self) -> None:
         while self._descriptors:

@@ -46,6 +46,22 @@ def open_model(
     if (headers_only or store is not None) and _is_remote(reference.model):
         base = _open_remote(reference.model, str(reference), cache, None if headers_only else store)
     base = base or _open_place(reference.model, str(reference), allow_pickle, cache, verify)
+    return adapted(base, reference, allow_pickle=allow_pickle, cache=cache, verify=verify)
+
+
+def adapted(
+    base: Checkpoint,
+    reference: ModelReference,
+    *,
+    allow_pickle: bool = False,
+    cache: Path | None = None,
+    verify: bool = False,
+) -> Checkpoint:
+    """``base`` with the reference's adapter on it, or as it is where the reference names none.
+
+    Raises:
+        CheckpointError: the adapter is missing or does not fit; ``base`` is closed then.
+    """
     if reference.adapter is None:
         return base
     try:

@@ -54,6 +54,10 @@ AllowPickle = Annotated[
 Offline = Annotated[
     bool, typer.Option("--offline", help="Ask nothing of the Hub: use its cache, as HF_HUB_OFFLINE=1 does.")
 ]
+StageName = Annotated[
+    str | None,
+    typer.Option("--stage", metavar="NAME", help="Make this recipe of a file of several, not the file's output."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings on standard error.")]
 

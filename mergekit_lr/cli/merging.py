@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,11 +16,15 @@ from mergekit_lr.cli.app import (
     Quiet,
     RecipePath,
     ShardSize,
+    StageName,
     Threads,
     command,
     print_json,
     say,
 )
+
+if TYPE_CHECKING:
+    from mergekit_lr.recipe import Recipe
 
 
 @command
@@ -38,6 +42,7 @@ def merge(
         bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
     ] = False,
     allow_pickle: AllowPickle = False,
+    stage: StageName = None,
     part: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="Do one of N parts, on storage that all share; the last one writes OUT."),
@@ -54,7 +59,7 @@ def merge(
     from mergekit_lr.progress import show_progress
     from mergekit_lr.recipe import load_recipe
 
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, stage=stage)
     if not quiet:
         for line in loaded.warnings:
             say(f"warning: {line}")
@@ -146,6 +151,7 @@ def plan(
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
     allow_pickle: AllowPickle = False,
+    stage: StageName = None,
     bandwidth: Annotated[
         str | None, typer.Option(metavar="RATE", help="Bytes a second of the storage, such as 2GB/s, for the time.")
     ] = None,
@@ -157,9 +163,10 @@ def plan(
 ) -> None:
     """Say what a merge would read, write and hold in memory. Reads no weights."""
     import mergekit_lr
+    from mergekit_lr.recipe import load_recipe
 
     result = mergekit_lr.plan(
-        recipe,
+        load_recipe(recipe, stage=stage),
         device=device,
         max_memory=max_memory,
         threads=threads,
@@ -176,15 +183,21 @@ def plan(
 
 
 @command
-def check(recipe: RecipePath, as_json: Json = False) -> None:
+def check(recipe: RecipePath, stage: StageName = None, as_json: Json = False) -> None:
     """Check RECIPE alone: every mistake, with line and column. Opens no model."""
     from mergekit_lr.recipe import load_recipe
 
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, stage=stage)
     if as_json:
         print_json({"recipe": loaded.canonical(), "digest": loaded.digest(), "warnings": list(loaded.warnings)})
         return
     for line in loaded.warnings:
         say(f"warning: {line}")
-    count = len(loaded.input_models())
-    print(f"{recipe}: ok, {loaded.merge_method} of {count} model{'s' if count != 1 else ''}")
+    print(f"{recipe}: ok, {_in_words(loaded)}")
+    for name, made in loaded.stages:
+        print(f"  after the stage {name}: {_in_words(made)}")
+
+
+def _in_words(recipe: Recipe) -> str:
+    count = len(recipe.input_models())
+    return f"{recipe.merge_method} of {count} model{'s' if count != 1 else ''}"

@@ -173,16 +173,13 @@ def role_of(name: str) -> str:
 
 def _tallies(plan: Plan, method: CurvatureWeighted, folder: Path) -> Iterator[tuple[str, Tally]]:
     from mergekit_lr.engine.artifacts import compute_artifacts
-    from mergekit_lr.engine.execute import Looks, Worker
-    from mergekit_lr.engine.job import Job
+    from mergekit_lr.engine.evaluate import Looks
+    from mergekit_lr.engine.execute import Worker
     from mergekit_lr.engine.journal import Journal
-    from mergekit_lr.engine.portion import one_thread_each
+    from mergekit_lr.engine.portion import job_of, one_thread_each
     from mergekit_lr.pieces import drive
 
-    job = Job(
-        plan.graph, plan.inputs, plan.layout, folder, Journal(folder / "journal"), plan.device,
-        plan.budget.piece, plan.budget.read, plan.recipe.nonfinite,
-    )  # fmt: skip
+    job = job_of(plan, folder, Journal(folder / "journal"))
     with one_thread_each(), torch.inference_mode():
         compute_artifacts(plan, job)
         worker = Worker(job)

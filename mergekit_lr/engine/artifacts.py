@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mergekit_lr.engine import processes
-from mergekit_lr.engine.execute import Looks, Worker
+from mergekit_lr.engine.evaluate import Looks
+from mergekit_lr.engine.execute import Worker
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.plan import Plan
 from mergekit_lr.graph.nodes import Operation, sources_of

@@ -49,13 +49,28 @@ def describe(plan: Plan) -> dict[str, Any]:
         "layers": [block.to_dict() for block in plan.blocks],
         "warnings": plan.warnings,
         **({"tokens": plan.tokens.to_dict()} if plan.tokens else {}),
+        **({"stages": [_stage(name, stage) for name, stage in plan.stages]} if plan.stages else {}),
     }
+
+
+def _stage(name: str, plan: Plan) -> dict[str, Any]:
+    """One stage as plain data; those under it stand beside it."""
+    found = describe(plan)
+    found.pop("stages", None)
+    return {"name": name, "how": plan.how, **found}
+
+
+def _stage_in_words(stage: dict[str, Any]) -> str:
+    size = "" if stage["how"] == "streamed" else f", {_exact(stage['bytes_out'])}"
+    models = ", ".join(stage["models"])
+    return f"stage {stage['name']}: {stage['merge_method']} of {models}; {stage['how']}{size}"
 
 
 def in_words(d: dict[str, Any]) -> list[str]:
     """What `describe` says, in lines for a person."""
     files = len(d["shards"])
     lines = [
+        *(_stage_in_words(stage) for stage in d.get("stages", [])),
         f"{d['merge_method']} of {len(d['models'])} models: {', '.join(d['models'])}",
         *(f"beside them {file}" for file in d["companions"]),
         f"{d['tensors']} tensors, {d['parameters']:,} parameters, as {', '.join(d['dtypes'])}",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lr.checkpoint.dtypes import OVERFLOWS_AT
 from mergekit_lr.checkpoint.model import Checkpoint
-from mergekit_lr.engine.job import Job
+from mergekit_lr.engine.job import Inputs
 from mergekit_lr.errors import NonFiniteError
 from mergekit_lr.graph.nodes import Sink, Source
 from mergekit_lr.lazy import torch
@@ -35,7 +35,7 @@ class NonFinite:
         return f"{self.where}: {self.what} ({self.why})"
 
 
-def complain(job: Job, sources: Sequence[Source], name: str, method: str, sink: Sink | None, largest: float) -> None:
+def complain(job: Inputs, sources: Sequence[Source], name: str, method: str, sink: Sink | None, largest: float) -> None:
     """Say that a value is not finite, in the way that the recipe wants it said.
 
     Raises:

@@ -20,28 +20,46 @@ class Stopped(Exception):
     """Another worker failed, or the user interrupted: leave quietly."""
 
 
-@dataclass
-class Job:
-    """What all workers share."""
+@dataclass(kw_only=True)
+class Inputs:
+    """What is read and how: enough to compute any output of a graph, wherever it then goes.
+
+    ``told``: whoever gets the warnings instead, where this is a stage of another run.
+    """
 
     graph: MergeGraph
     inputs: Mapping[str, Checkpoint]
-    layout: Layout
-    folder: Path
-    journal: Journal
     device: str
     piece: int
     read: int
     nonfinite: str
     artifacts: dict[str, Any] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
-    done_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
-    _descriptors: dict[int, int] = field(default_factory=dict)
+    told: Inputs | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.checkpoints = [self.inputs[m] for m in self.graph.files]
+
+    def warn(self, text: str) -> None:
+        if self.told is not None:
+            self.told.warn(text)
+            return
+        with self._lock:
+            if text not in self.warnings:
+                self.warnings.append(text)
+
+
+@dataclass(kw_only=True)
+class Job(Inputs):
+    """What all workers of a run share."""
+
+    layout: Layout
+    folder: Path
+    journal: Journal
+    done_bytes: int = 0
+    _descriptors: dict[int, int] = field(default_factory=dict)
 
     def shard(self, number: int) -> tuple[int, Path]:
         """Descriptor and path of an output shard."""
@@ -66,8 +84,3 @@ class Job:
         self.journal.unlock()
         self.stop = stop
         self.warnings = []
-
-    def warn(self, text: str) -> None:
-        with self._lock:
-            if text not in self.warnings:
-                self.warnings.append(text)

@@ -54,6 +54,7 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
         "recipe_digest": plan.recipe.digest(),
         "fingerprint": fingerprint,
         "inputs": [_input(plan, m) for m in plan.graph.files],
+        **({"stages": [_stage(name, inner) for name, inner in plan.stages]} if plan.stages else {}),
         "rules": plan.graph.rules(),
         "dropped": [{"model": m, "tensor": t, "rule": r} for m, t, r in plan.graph.dropped],
         "warnings": plan.warnings + job.warnings,
@@ -70,6 +71,17 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
             "planned_peak_bytes": plan.budget.peak,
             "process_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
+    }
+
+
+def _stage(name: str, plan: Plan) -> dict[str, Any]:
+    """Of a stage: what was asked for, how it came about, what it read."""
+    return {
+        "name": name,
+        "merge_method": plan.recipe.merge_method,
+        "how": plan.how,
+        "recipe_digest": plan.recipe.digest(),
+        "inputs": [_input(plan, m) for m in plan.graph.files],
     }
 
 
@@ -90,7 +102,10 @@ def small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
         files[plan.layout.index_file] = index
     files["mergekit_lr.yml"] = _pinned(plan).encode()
     extra = plan.outline.extra if plan.outline else {}
-    card = model_card(plan.recipe, [plan.inputs[m] for m in plan.graph.models if m not in extra])
+    opened = {m: plan.inputs[m] for m in plan.graph.models if m not in extra}
+    for _, stage in plan.stages:
+        opened |= {m: stage.inputs[m] for m in stage.graph.models if m in stage.inputs}
+    card = model_card(plan.recipe, list(opened.values()))
     files["README.md"] = (card + (plan.outline.card if plan.outline else "")).encode()
     method = plan.recipe.method
     if isinstance(method, Rewrite):

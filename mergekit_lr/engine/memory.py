@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mergekit_lr.errors import ResourceError
@@ -62,9 +62,16 @@ def default_limit() -> int:
 
 
 def make_budget(
-    graph: MergeGraph, slicing: Mapping[int, Slicing], limit: int | None, threads: int | None, device: str
+    graph: MergeGraph,
+    slicing: Mapping[int, Slicing],
+    limit: int | None,
+    threads: int | None,
+    device: str,
+    beside: Callable[[int, int], int] = lambda piece, read: 0,
 ) -> Budget:
     """Choose workers, piece and read sizes so that a run keeps to ``limit`` bytes.
+
+    ``beside``: what each worker holds beside its own outputs, for pieces and reads of so many elements.
 
     Raises:
         ResourceError: a tensor or a row that its method cannot cut does not fit; the message says what would.
@@ -77,7 +84,8 @@ def make_budget(
 
     def peak() -> int:
         usual = worker_bytes(graph, heaviest, piece, read)
-        return workers * max([usual, *(worker_bytes(graph, graph.sinks[i], n, n) for i, n in whole)])
+        most = max([usual, *(worker_bytes(graph, graph.sinks[i], n, n) for i, n in whole)])
+        return workers * (most + beside(piece, read))
 
     whole = [(i, uncut) for i, how in slicing.items() if (uncut := _uncut(graph.sinks[i], how)) > piece]
     while peak() > limit and read > piece:

@@ -8,7 +8,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,20 +20,24 @@ from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
+from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.checkpoint.store import ShardStore
 from mergekit_lr.engine.describe import describe, in_words
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.side_files import carried_over, merged_config
+from mergekit_lr.engine.stages import Write, held_for_stages, open_stage, searches, staged_plans, streamed
 from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.companions import open_companions
 from mergekit_lr.graph.nodes import LEFT_OUT, MergeGraph, Result, Sink
+from mergekit_lr.graph.places import refuse_partial_ranges
 from mergekit_lr.graph.summary import Block, summarise
 from mergekit_lr.method import Method
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
+from mergekit_lr.recipe.stages import stage_of
 from mergekit_lr.report.consistency import config_problems
 from mergekit_lr.rewrite import Kind, Outline, Rewrite
 from mergekit_lr.sizes import parse_size
@@ -61,7 +65,10 @@ class Settings:
 
 @dataclass
 class Plan:
-    """A merge, laid out: what is read, computed and written, and what it costs. Holds its inputs open."""
+    """A merge, laid out: what is read, computed and written, and what it costs. Holds its inputs open.
+
+    ``how``: what becomes of the output of a plan that is a stage of another.
+    """
 
     recipe: Recipe
     inputs: dict[str, Checkpoint]
@@ -78,6 +85,12 @@ class Plan:
     prepared: Path | None = None
     bandwidth: int | None = None
     tokens: Tokens | None = None
+    how: str = ""
+
+    @property
+    def stages(self) -> list[tuple[str, Plan]]:
+        """Every stage under this plan by its name, each after those that it needs."""
+        return staged_plans(self.inputs.values())
 
     @property
     def kind(self) -> Kind:
@@ -171,13 +184,15 @@ def planned(
     prepare: Prepare | None = None,
     store: ShardStore | None = None,
     verify: bool = False,
+    write: Write | None = None,
 ) -> Iterator[Plan]:
     """Open the inputs, check them against each other, and lay everything out.
 
     With ``headers_only`` a Hub model's weights are not downloaded, and the plan cannot be run. Without it, heads that
     a tied reference has no place for are compared with their model's embeddings. ``store`` keeps the shards of Hub
     models that are fetched one by one. ``verify``: downloads are compared with the Hub's digests. ``prepare`` is
-    called for a method that must find something out first, and returns the folder in which it kept that.
+    called for a method that must find something out first, and returns the folder in which it kept that; ``write`` for
+    a stage whose output cannot be read before it is written.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -185,10 +200,26 @@ def planned(
         ResourceError: the memory budget is too small for a tensor that cannot be cut.
     """
     loaded = load_recipe(recipe)
+
+    def stage(one: Recipe) -> AbstractContextManager[Plan]:
+        return planned(
+            one,
+            device=device,
+            max_memory=max_memory,
+            threads=threads,
+            shard_size=shard_size,
+            allow_pickle=allow_pickle,
+            headers_only=headers_only,
+            store=store,
+            verify=verify,
+            write=write,
+        )
+
     with ExitStack() as stack:
+        opening = _Opening(loaded, stack, allow_pickle, headers_only, store, verify, stage, write)
         with _without_collector():
-            inputs = _opened(loaded, stack, allow_pickle, headers_only, store, verify)
-            inputs, tokens = align(loaded, inputs, _tokenizer(loaded, inputs, stack))
+            inputs = opening.all()
+            inputs, tokens = align(loaded, inputs, _tokenizer(loaded, inputs, opening))
             refuse_where_unused(loaded, tokens, _kind(loaded))
         settings = Settings(choose_device(device), max_memory, threads, parse_size(shard_size))
         prepared = None
@@ -218,34 +249,56 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _opened(
-    recipe: Recipe,
-    stack: ExitStack,
-    allow_pickle: bool,
-    headers_only: bool,
-    store: ShardStore | None,
-    verify: bool,
-) -> dict[str, Checkpoint]:
-    """Every model that the recipe names, by what it calls it; closed with ``stack``."""
-    inputs: dict[str, Checkpoint] = {}
-    for reference in recipe.references():
-        opened = open_model(reference, allow_pickle=allow_pickle, headers_only=headers_only, store=store, verify=verify)
-        stack.callback(opened.close)
-        _check_kind(opened, reads_bundles=isinstance(recipe.method, Rewrite) and recipe.method.reads_bundles)
-        inputs[str(reference)] = opened
-    beside = open_companions(recipe)
-    for checkpoint in beside.values():
-        stack.callback(checkpoint.close)
-    return inputs | beside
+@dataclass
+class _Opening:
+    """Opens every model that a recipe names, by what it calls it; all are closed with ``stack``."""
+
+    recipe: Recipe
+    stack: ExitStack
+    allow_pickle: bool
+    headers_only: bool
+    store: ShardStore | None
+    verify: bool
+    plan: Callable[[Recipe], AbstractContextManager[Plan]]
+    write: Write | None
+
+    def all(self) -> dict[str, Checkpoint]:
+        recipe, inputs = self.recipe, {}
+        for reference in recipe.references():
+            opened = self.one(reference)
+            _check_kind(opened, reads_bundles=isinstance(recipe.method, Rewrite) and recipe.method.reads_bundles)
+            inputs[str(reference)] = opened
+        beside = open_companions(recipe)
+        for checkpoint in beside.values():
+            self.stack.callback(checkpoint.close)
+        return inputs | beside
+
+    def one(self, reference: ModelReference) -> Checkpoint:
+        stage = stage_of(self.recipe, reference)
+        if stage is not None:
+            return open_stage(
+                reference, *stage, self.recipe, self.stack, self.plan, self.write, headers_only=self.headers_only
+            )
+        opened = open_model(
+            reference,
+            allow_pickle=self.allow_pickle,
+            headers_only=self.headers_only,
+            store=self.store,
+            verify=self.verify,
+        )
+        self.stack.callback(opened.close)
+        return opened
 
 
-def _tokenizer(recipe: Recipe, inputs: Mapping[str, Checkpoint], stack: ExitStack) -> Checkpoint:
+def _tokenizer(recipe: Recipe, inputs: Mapping[str, Checkpoint], opening: _Opening) -> Checkpoint:
     """The model that the output's tokenizer comes from; one that is not merged is opened for its small files."""
     source = recipe.tokenizer_source
     if str(source) in inputs:
         return inputs[str(source)]
+    if stage_of(recipe, source) is not None:
+        return opening.one(source)
     opened = open_source(source)
-    stack.callback(opened.close)
+    opening.stack.callback(opened.close)
     return opened
 
 
@@ -267,6 +320,7 @@ def _lay_out(
     recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings, prepared: Path | None, tokens: Tokens | None
 ) -> Plan:
     method, outline = recipe.method, None
+    refuse_partial_ranges(recipe, inputs)
     if isinstance(method, Rewrite):
         outline = method.outline(recipe, inputs, prepared)
         inputs = {**inputs, **outline.extra}
@@ -280,7 +334,18 @@ def _lay_out(
     stem = "adapter_model" if kind == "adapter" else kind
     layout = lay_out(graph.sinks, sys.maxsize if kind == "adapter" else settings.shard_size, stem)
     slicing = {i: slicing_of(s) for i, s in enumerate(graph.sinks)}
-    budget = make_budget(graph, slicing, settings.limit, settings.threads, settings.device)
+    used = [inputs[m] for m in graph.files]
+    budget = make_budget(
+        graph,
+        slicing,
+        settings.limit,
+        settings.threads,
+        settings.device,
+        lambda piece, read: held_for_stages(used, piece, read),
+    )
+    for stage in streamed(used):
+        stage.settle(budget.piece, budget.read)
+    searched = {i for i, c in enumerate(used) for stage in streamed([c]) if searches(stage.plan.graph)}
     config, files, warnings = _small_files(recipe, inputs, graph, merged, outline, tokens)
     if kind == "adapter":
         config, files = None, {}
@@ -289,7 +354,7 @@ def _lay_out(
     if outline is not None:
         files |= outline.files
         warnings += outline.warnings
-    units = units_of(graph, budget.threads)
+    units = units_of(graph, budget.threads, searched)
     laid = (recipe, inputs, graph, layout, budget, units, settings.device, config, files, settings, warnings)
     return Plan(*laid, outline, prepared, tokens=tokens)
 

@@ -24,6 +24,7 @@ from mergekit_lr.engine.output import inputs_counted
 from mergekit_lr.engine.plan import Plan
 from mergekit_lr.engine.processes import TICK
 from mergekit_lr.engine.progress import Progress, ProgressEvent
+from mergekit_lr.engine.stages import streamed
 from mergekit_lr.engine.units import Unit, pending
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.nodes import Result
@@ -32,7 +33,7 @@ from mergekit_lr.lazy import torch
 
 def job_of(plan: Plan, folder: Path, journal: Journal) -> Job:
     """What the workers of one process share; shards are in ``folder``."""
-    return Job(
+    job = Job(
         graph=plan.graph,
         inputs=plan.inputs,
         layout=plan.layout,
@@ -43,6 +44,9 @@ def job_of(plan: Plan, folder: Path, journal: Journal) -> Job:
         read=plan.budget.read,
         nonfinite=plan.recipe.nonfinite,
     )
+    for stage in streamed(job.checkpoints):
+        stage.report_to(job)
+    return job
 
 
 @contextmanager

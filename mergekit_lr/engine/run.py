@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.retry import offline as offline_mode
@@ -20,6 +21,9 @@ from mergekit_lr.engine.progress import Progress
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import VerificationError
 from mergekit_lr.recipe import Recipe
+
+STAGES = "stages"
+"""Folder in the workspace that holds the stages which had to be written."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,21 @@ def merge(
         with one_thread_each():
             return run_preparation(recipe, inputs, settings, space, progress)
 
+    def write(name: str, stage: Recipe) -> tuple[Path, str]:
+        if not space.held:
+            space.reserve(resume=resume, overwrite=overwrite)
+        return write_stage(space, name, stage, options, progress)
+
+    options: dict[str, Any] = {
+        "device": device,
+        "max_memory": max_memory,
+        "threads": threads,
+        "shard_size": shard_size,
+        "allow_pickle": allow_pickle,
+        "verify": verify_inputs,
+    }
     try:
-        with (
-            offline_mode(offline),
-            planned(
-                recipe,
-                device=device,
-                max_memory=max_memory,
-                threads=threads,
-                shard_size=shard_size,
-                allow_pickle=allow_pickle,
-                prepare=prepare,
-                verify=verify_inputs,
-            ) as plan,
-        ):
+        with offline_mode(offline), planned(recipe, **options, prepare=prepare, write=write) as plan:
             return run(plan, target, resume=resume, overwrite=overwrite, progress=progress, space=space)
     finally:
         space.release()
@@ -121,7 +126,7 @@ def run(
     space.fingerprint = plan.fingerprint()
     if resume and space.committed():
         return MergeResult(out, json.loads((out / "merge_report.json").read_bytes()))
-    used = [c.folder or Path(c.stamps[0].path) for c in plan.inputs.values()]
+    used = [place for c in plan.inputs.values() for place in c.places()]
     space.check_target(overwrite=overwrite, inputs=used)
     space.claim(resume=resume)
     try:
@@ -141,6 +146,38 @@ def run(
     finally:
         space.release()
     return MergeResult(out, report)
+
+
+def write_stage(
+    outer: Workspace, name: str, recipe: Recipe, options: dict[str, Any], progress: Progress | None
+) -> tuple[Path, str]:
+    """Make a stage's model in the workspace of the run that needs it, unless it is there already.
+
+    Returns:
+        its folder, and the digest of the fingerprint of the run that made it. Another recipe or other inputs give
+        another fingerprint, and the stage is then made again.
+    """
+    folder = outer.root / STAGES
+    fs.make_folder(folder)
+    out = folder / name.replace("/", "--")
+    space = Workspace(out)
+
+    def prepare(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings) -> Path:
+        space.reserve(resume=True)
+        with one_thread_each():
+            return run_preparation(recipe, inputs, settings, space, progress)
+
+    def write(inner: str, stage: Recipe) -> tuple[Path, str]:
+        return write_stage(outer, inner, stage, options, progress)
+
+    try:
+        with planned(recipe, **options, prepare=prepare, write=write) as plan:
+            space.fingerprint = plan.fingerprint()
+            if not space.holds(plan.layout):
+                run(plan, out, resume=space.unfinished(), overwrite=True, progress=progress, space=space)
+            return out, space.digest
+    finally:
+        space.release()
 
 
 def check_shards(plan: Plan, folder: Path) -> None:

@@ -46,8 +46,11 @@ def stands_alone(sink: Sink) -> bool:
     return statistics is None
 
 
-def units_of(graph: MergeGraph, threads: int) -> list[Unit]:
+def units_of(graph: MergeGraph, threads: int, searched: Container[int] = ()) -> list[Unit]:
     """All units, in an order that follows the reference's bytes on disk, large ones first.
+
+    ``searched``: models (by index) of which every reader must first look at the whole tensor, so that it is better
+    read by one.
 
     A tensor that is a sizeable part of a worker's share goes first, so that no worker is left with it at the end.
     """
@@ -56,7 +59,8 @@ def units_of(graph: MergeGraph, threads: int) -> list[Unit]:
     for i, sink in enumerate(graph.sinks):
         n = element_count(sink.shape)
         step = CHUNK // ITEM_BYTES[sink.dtype]
-        if n > step and stands_alone(sink):
+        whole = any(s.model in searched for s in graph.sources(sink)) if searched else False
+        if n > step and not whole and stands_alone(sink):
             units += [Unit(i, a, min(n, a + step)) for a in range(0, n, step)]
         else:
             units.append(Unit(i, 0, n))

@@ -68,6 +68,22 @@ class Workspace:
             fs.remove_tree(self.root)
         return same
 
+    def holds(self, layout: Layout) -> bool:
+        """Whether ``OUT`` is what this very run makes, and all there."""
+        try:
+            report = json.loads((self.out / "merge_report.json").read_bytes())
+            complete = all((self.out / s.file).stat().st_size == s.size for s in layout.shards)
+        except (OSError, ValueError):
+            return False
+        return complete and isinstance(report, dict) and report.get("fingerprint") == self.digest
+
+    def unfinished(self) -> bool:
+        """Whether unfinished work there is of this very run."""
+        try:
+            return bool(json.loads(self.plan.read_bytes()) == json.loads(json.dumps(self.fingerprint)))
+        except (OSError, ValueError):
+            return False
+
     def claim(self, *, resume: bool) -> None:
         """Create or take over ``OUT.partial``; start afresh unless resuming finds the same fingerprint."""
         if not self.held:

@@ -14,6 +14,7 @@ from mergekit_lr.recipe.catalogue import plugins, value_schema
 from mergekit_lr.recipe.entries import MAX_SLICES, MODEL_NAME
 from mergekit_lr.recipe.fields import parameter_fields
 from mergekit_lr.recipe.schema import DTYPES, NONFINITE
+from mergekit_lr.recipe.stages import STAGE_NAME
 from mergekit_lr.recipe.tokens import MAX_PAD, TEMPLATES
 from mergekit_lr.recipe.walk import MAX_SEED
 from mergekit_lr.registry import builtin_methods
@@ -37,7 +38,7 @@ def schema() -> dict[str, Any]:
 
 
 def _root(names: list[str]) -> dict[str, Any]:
-    reference = {"type": "string", "minLength": 1, "description": REFERENCE}
+    reference = _reference()
     parameters = {"type": ["object", "null"]}
     seed = {"type": ["integer", "null"], "minimum": 0, "exclusiveMaximum": MAX_SEED}
     return {
@@ -53,12 +54,12 @@ def _root(names: list[str]) -> dict[str, Any]:
                 "additionalProperties": False,
                 "properties": {
                     **_lists(reference, parameters),
-                    "base_model": {**reference, "type": ["string", "null"], "description": "the base of this part"},
+                    "base_model": {"anyOf": [reference, {"type": "null"}], "description": "the base of this part"},
                     "parameters": parameters,
                 },
             },
         },
-        "base_model": {**reference, "type": ["string", "null"], "description": f"the base: {REFERENCE}"},
+        "base_model": {"anyOf": [reference, {"type": "null"}], "description": f"the base: {REFERENCE}"},
         "parameters": parameters,
         "dtype": {"enum": [*DTYPES, None], "description": "dtype to write, unless out_dtype says otherwise"},
         "out_dtype": {"enum": [*DTYPES, None], "description": "dtype to write"},
@@ -76,6 +77,16 @@ def _root(names: list[str]) -> dict[str, Any]:
         "permutations": {
             "type": ["string", "null"],
             "description": "`auto`, the name of a model family, or a file, for methods that align neurons",
+        },
+        "name": {
+            "type": ["string", "null"],
+            "pattern": f"^(?:{STAGE_NAME.pattern})$",
+            "description": "what other recipes of this file call this one's output",
+        },
+        "stages": {
+            "type": ["object", "null"],
+            "additionalProperties": {"$ref": "#"},
+            "description": "recipes by name, whose outputs this one uses as models",
         },
     }
 
@@ -99,6 +110,7 @@ def _lists(reference: dict[str, Any], parameters: dict[str, Any]) -> dict[str, A
                         "description": "what the output calls it, for methods that keep models apart",
                     },
                     "parameters": parameters,
+                    "layer_range": {"type": "array", "description": "all layers, or nothing: see slices"},
                 },
             },
         },
@@ -157,6 +169,30 @@ def _tokenizer() -> dict[str, Any]:
     }
 
 
+def _reference() -> dict[str, Any]:
+    """A model as one line of text, or as mergekit's mapping."""
+    text = {"type": "string", "minLength": 1, "description": REFERENCE}
+    revision = {"type": ["string", "null"], "description": "a branch, a tag or a commit"}
+    apart = {
+        "type": "object",
+        "required": ["path"],
+        "additionalProperties": False,
+        "properties": {"path": text, "revision": revision},
+    }
+    either = {"anyOf": [text, apart]}
+    whole = {
+        "type": "object",
+        "required": ["model"],
+        "additionalProperties": False,
+        "properties": {
+            "model": either,
+            "lora": {"anyOf": [text, apart, {"type": "null"}]},
+            "override_architecture": {"type": ["string", "null"], "description": "has no effect"},
+        },
+    }
+    return {"anyOf": [text, apart, whole]}
+
+
 def _calibration() -> dict[str, Any]:
     """The text that a method runs a model on."""
     text = {"type": "string", "minLength": 1}
@@ -211,7 +247,7 @@ def _slice(reference: dict[str, Any], parameters: dict[str, Any]) -> dict[str, A
                     },
                 },
             },
-            "base_model": {**reference, "type": ["string", "null"], "description": "the base of this slice"},
+            "base_model": {"anyOf": [reference, {"type": "null"}], "description": "the base of this slice"},
             "parameters": parameters,
         },
     }

@@ -13,29 +13,30 @@ from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import RecipeError
 from mergekit_lr.recipe.problems import Problems, shown
 from mergekit_lr.recipe.schema import Recipe
-from mergekit_lr.recipe.walk import read_recipe
+from mergekit_lr.recipe.stages import read_documents
 from mergekit_lr.recipe.yaml import (
     MAX_BYTES,
     MAX_DEPTH,
     MAX_INTEGER,
     MAX_NODES,
+    Document,
     Entry,
     Mapping,
     Node,
     Scalar,
     Sequence,
     decode,
-    parse,
+    parse_documents,
 )
 
 RecipeSource = str | os.PathLike[str] | AbstractMapping[str, Any] | Recipe
 
 
-def load_recipe(source: RecipeSource) -> Recipe:
+def load_recipe(source: RecipeSource, *, stage: str | None = None) -> Recipe:
     """A checked recipe from a file, from YAML text, from a dict, or from a recipe (given back as it is).
 
     A string with a line break is YAML text; any other string is the path of a file. No tensor is read and no
-    model is looked for.
+    model is looked for. ``stage``: make this one of a file's named recipes instead of its output.
 
     Raises:
         RecipeError: the recipe is not valid. ``problems`` holds every error as ``file:line:col: path: what; fix``
@@ -44,10 +45,10 @@ def load_recipe(source: RecipeSource) -> Recipe:
     if isinstance(source, Recipe):
         return source
     if isinstance(source, AbstractMapping):
-        return _from_mapping(source)
+        return _from_mapping(source, stage)
     if isinstance(source, str) and ("\n" in source or not source):
         problems = Problems("recipe")
-        return _from_text(source, problems, None)
+        return _from_text(source, problems, None, stage)
     if not isinstance(source, str | os.PathLike):
         raise RecipeError(
             f"a recipe cannot be made from {type(source).__name__}", fix="give a path, YAML text or a dict"
@@ -56,7 +57,7 @@ def load_recipe(source: RecipeSource) -> Recipe:
     problems = Problems(str(path))
     text = decode(_read(path), problems)
     problems.raise_if_any()
-    return _from_text(text, problems, path)
+    return _from_text(text, problems, path, stage)
 
 
 def check(recipe: RecipeSource) -> Recipe:
@@ -75,21 +76,21 @@ def _read(path: Path) -> bytes:
         raise RecipeError("cannot read the recipe", where=str(path), why=why or str(e)) from None
 
 
-def _from_text(text: str, problems: Problems, path: Path | None) -> Recipe:
-    root = parse(text, problems)
-    if root is None:
+def _from_text(text: str, problems: Problems, path: Path | None, stage: str | None) -> Recipe:
+    documents = parse_documents(text, problems)
+    if not documents:
         problems.raise_if_any()
         problems.fail(None, "", "the recipe is empty", "start with merge_method and models")
-    return read_recipe(root, problems, text, path)
+    return read_documents(documents, problems, text, path, stage)
 
 
-def _from_mapping(source: AbstractMapping[str, Any]) -> Recipe:
+def _from_mapping(source: AbstractMapping[str, Any], stage: str | None) -> Recipe:
     problems = Problems("recipe")
     budget = [MAX_NODES]
     root = _node(source, problems, "", MAX_DEPTH, budget)
     problems.raise_if_any()
     text = yaml.safe_dump(_plain(root), sort_keys=False, allow_unicode=True)
-    return read_recipe(root, problems, text, None)
+    return read_documents([Document(root, 1)], problems, text, None, stage)
 
 
 def _node(value: Any, problems: Problems, path: str, depth: int, budget: list[int]) -> Node:

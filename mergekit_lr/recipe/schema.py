@@ -31,8 +31,9 @@ class Recipe:
     the view that all have.
     ``dtype`` and ``out_dtype`` are names of torch dtypes or None; ``tokenizer`` says which tokens the output knows
     (None: those that all inputs share), ``chat_template`` how it puts a conversation; ``calibration`` and
-    ``permutations`` are for the methods that use them (`Declared.settings`); ``text`` is the exact YAML, ``origin``
-    the file it came from; ``warnings`` are lines about what is legal but probably not meant.
+    ``permutations`` are for the methods that use them (`Declared.settings`); ``stages`` are recipes whose output this
+    one names as a model, each after those that it needs itself; ``text`` is the exact YAML, ``origin`` the file it came
+    from; ``warnings`` are lines about what is legal but probably not meant.
     """
 
     merge_method: str
@@ -50,6 +51,7 @@ class Recipe:
     nonfinite: Nonfinite = "error"
     calibration: Calibration | None = None
     permutations: str | None = None
+    stages: tuple[tuple[str, Recipe], ...] = ()
     text: str = field(default="", repr=False, compare=False)
     origin: Path | None = field(default=None, compare=False)
     warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
@@ -100,6 +102,14 @@ class Recipe:
             found += [m.reference for m in module.models]
             found += [s.reference for part in module.slices for s in part.sources]
         return tuple(dict.fromkeys(found))
+
+    def leaves(self) -> tuple[ModelReference, ...]:
+        """Every model on disk or on the Hub that goes into the output, through stages too; the recipe's own first."""
+        names = {name for name, _ in self.stages}
+        found = list(self.references())
+        for _, recipe in self.stages:
+            found += recipe.references()
+        return tuple(r for r in dict.fromkeys(found) if r.path not in names)
 
     def input_models(self) -> tuple[ModelEntry, ...]:
         """The models that are merged, in the order the method sees them; with ``slices`` or ``modules``, each once.
@@ -152,6 +162,7 @@ class Recipe:
             **({"chat_template": self.chat_template} if self.chat_template else {}),
             **({"calibration": self.calibration.plain()} if self.calibration else {}),
             **({"permutations": self.permutations} if self.permutations else {}),
+            **({"stages": self._plain_stages()} if self.stages else {}),
         }
 
     def _plain_module(self, module: Module) -> dict[str, Any]:
@@ -165,6 +176,11 @@ class Recipe:
             "models": [_plain_entry(self.method, group, i) for i in range(len(group.inputs))],
             "parameters": _plain(group.table.merge, parameter_fields(self.method.Merge)),
         }
+
+    def _plain_stages(self) -> dict[str, Any]:
+        """The canonical form of every stage by its name; a stage's own stages stand beside it."""
+        plain = {name: recipe.canonical() for name, recipe in self.stages}
+        return {name: {k: v for k, v in found.items() if k != "stages"} for name, found in plain.items()}
 
     def digest(self) -> str:
         """sha256 of the canonical form, in hex: decides whether an interrupted run may be resumed."""

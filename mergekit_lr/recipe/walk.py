@@ -48,6 +48,8 @@ ROOT_KEYS = (
     "nonfinite",
     "calibration",
     "permutations",
+    "name",
+    "stages",
 )
 SYNONYMS = {"random_seed": "seed"}
 LAYOUTS = ("models", "slices", "modules")

@@ -131,21 +131,33 @@ class _Stop(Exception):
     """Reading on makes no sense; the problem is already noted."""
 
 
+@dataclass(slots=True)
+class Document:
+    """One document of a file: its root, and the lines of the text that it takes (from 1, the last not included)."""
+
+    root: Node | None
+    first: int
+    end: int | None = None
+
+
 @dataclass
 class _Composer:
     problems: Problems
+    many: bool = False
+    documents: list[Document] = field(default_factory=list)
     anchors: dict[str, _Known] = field(default_factory=dict)
     stack: list[_Open] = field(default_factory=list)
     nodes: int = 0
-    documents: int = 0
-    root: Node | None = None
 
     def feed(self, event: Event) -> None:
         mark = _mark(event)
         if isinstance(event, DocumentStartEvent):
-            self.documents += 1
-            if self.documents > 1:
+            if self.documents and not self.many:
                 self._stop(mark, "a second YAML document starts here", "give each recipe its own file")
+            if self.documents:
+                self.documents[-1].end = mark.line
+            self.documents.append(Document(None, mark.line))
+            self.anchors = {}  # an alias reaches no further than its document
         elif isinstance(event, AliasEvent):
             self._alias(event, mark)
         elif isinstance(event, ScalarEvent):
@@ -200,7 +212,7 @@ class _Composer:
         if len(self.stack) + height > MAX_DEPTH:
             self._stop(mark, f"nested deeper than {MAX_DEPTH} levels", "a recipe needs no more than eight")
         if not self.stack:
-            self.root = node
+            self.documents[-1].root = node
             return
         parent = self.stack[-1]
         parent.size += size
@@ -274,20 +286,34 @@ def parse(text: str, problems: Problems) -> Node | None:
     None if there is no document, or if reading had to stop. Time and memory are bounded by the length of the
     text and by `MAX_NODES`, whatever the text holds.
     """
-    composer = _Composer(problems)
+    found = _compose(text, problems, many=False)
+    return found[0].root if found else None
+
+
+def parse_documents(text: str, problems: Problems) -> list[Document]:
+    """Every document in ``text``; those without content are left out. Bounded as in `parse`, all together."""
+    return [d for d in _compose(text, problems, many=True) if not _empty(d.root)]
+
+
+def _empty(root: Node | None) -> bool:
+    return root is None or (isinstance(root, Scalar) and root.value is None)
+
+
+def _compose(text: str, problems: Problems, *, many: bool) -> list[Document]:
+    composer = _Composer(problems, many)
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError as e:
         before = text[: e.start]
         mark = Mark(before.count("\n") + 1, e.start - before.rfind("\n"))
         problems.add(mark, "", "half of a surrogate pair is not a character", "remove it")
-        return None
+        return []
     if size > MAX_BYTES:
         problems.add(None, "", f"larger than {MAX_BYTES:,} bytes", "a recipe is a small text; is this one?")
-        return None
+        return []
     try:
         for event in _events(text, problems):
             composer.feed(event)
     except _Stop:
-        return None
-    return composer.root
+        return []
+    return composer.documents

@@ -26,13 +26,14 @@ _MARKUP = re.compile(r"([\\`*_\[\]|~#@:$!])")
 def model_card(recipe: Recipe, inputs: Sequence[Checkpoint]) -> str:
     """The card of a merge as Markdown with YAML front matter.
 
-    ``inputs`` are the opened models by the references of the recipe: their revisions and licences are stated. A
+    ``inputs`` are the opened models by the references of the recipe and its stages: their revisions and licences are
+    stated. A
     licence is given only where every input states the same one. Local models appear by their folder's name.
     """
     import yaml
 
     opened = {c.reference: c for c in inputs}
-    references = [r for r in recipe.references() if str(r) in opened]
+    references = [r for r in recipe.leaves() if str(r) in opened]
     names = list(dict.fromkeys(display_name(p) for r in references for p in _places(r)))
     metadata: dict[str, Any] = {"base_model": names, "base_model_relation": "merge"}
     if any(c.config is not None for c in inputs):
@@ -49,6 +50,9 @@ def model_card(recipe: Recipe, inputs: Sequence[Checkpoint]) -> str:
         if recipe.base_model
         else ""
     )
+    if recipe.stages:
+        steps = ", ".join(f"{escape(name)} (`{stage.merge_method}`)" for name, stage in recipe.stages)
+        base += f" Its inputs were themselves made in the same run: {steps}."
     rows = [_row(r, opened[str(r)], r == recipe.base_model) for r in references]
     text = _shown_recipe(recipe.text, references)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))

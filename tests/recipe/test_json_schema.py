@@ -15,7 +15,7 @@ from mergekit_lr.recipe.catalogue import methods
 from mergekit_lr.recipe.json_schema import schema
 from mergekit_lr.recipe.problems import Problems
 from mergekit_lr.recipe.walk import ROOT_KEYS, SYNONYMS
-from mergekit_lr.recipe.yaml import Node, Scalar, Sequence, parse
+from mergekit_lr.recipe.yaml import Node, Scalar, Sequence, parse_documents
 from mergekit_lr.registry import builtin_methods
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("**/*.yml"))
@@ -66,6 +66,7 @@ def accepts(s: dict[str, Any], v: Any) -> bool:
             x is True or (isinstance(x, dict) and accepts(x, v[k]))
             for k in (set(v) - set(s.get("properties", {})) if isinstance(v, dict) else ())
         ),
+        "$ref": lambda x: accepts({"#": SCHEMA}[x], v),
         "items": lambda x: not isinstance(v, list) or all(accepts(x, i) for i in v),
         "minItems": lambda x: not isinstance(v, list) or len(v) >= x,
         "pattern": lambda x: not isinstance(v, str) or re.search(x, v) is not None,
@@ -192,9 +193,11 @@ def test_bad_recipes(recipe: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=[p.stem for p in CONFIGS])
 def test_the_recipes_that_come_with_the_package(path: Path) -> None:
     recipe = load_recipe(path)
-    root = parse(path.read_text(), Problems(path.name))
-    assert root is not None
-    assert accepts(SCHEMA, plain(root))
+    documents = parse_documents(path.read_text(), Problems(path.name))
+    assert documents
+    for document in documents:
+        assert document.root is not None
+        assert accepts(SCHEMA, plain(document.root))
     assert accepts(SCHEMA, recipe.canonical())
 
 
