@@ -52,12 +52,14 @@ def unused(key: str, method: str) -> Hint | None:
     return Hint(f"{key} has no effect in {method}, here as in mergekit", harmless=True)
 
 
-def repeats_default(field: ParameterField, node: Node) -> bool:
-    """Whether a value that is not looked at is what would be used anyway."""
-    if field.required or not isinstance(node, Scalar):
+def repeats(field: ParameterField, node: Node, used: Node | None = None) -> bool:
+    """Whether a value that is not looked at is what is used anyway: the value at ``used``, else the default."""
+    if not isinstance(node, Scalar) or (used is None and field.required):
+        return False
+    if used is not None and not isinstance(used, Scalar):
         return False
     try:
-        return bool(field.coerce(node.value) == field.coerce(field.default))
+        return bool(field.coerce(node.value) == field.coerce(field.default if used is None else used.value))
     except ValueError:
         return False
 
@@ -67,6 +69,6 @@ def outside(key: str, node: Node, method: Declared) -> Hint | None:
     fields = {**parameter_fields(method.PerModel), **parameter_fields(method.Merge)}
     if key not in fields:
         return unused(key, method.name)
-    if key == "int8_mask" or repeats_default(fields[key], node):
+    if key == "int8_mask" or repeats(fields[key], node):
         return Hint("has no effect outside `parameters`, and changes nothing: it is the default", harmless=True)
     return Hint(f"it is a parameter of {method.name}: put it under `parameters`")

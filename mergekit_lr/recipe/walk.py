@@ -22,7 +22,7 @@ from mergekit_lr.recipe.entries import (
 )
 from mergekit_lr.recipe.fields import ParameterField, parameter_fields
 from mergekit_lr.recipe.followed import with_followers
-from mergekit_lr.recipe.foreign import Hint, outside, repeats_default, unused
+from mergekit_lr.recipe.foreign import Hint, outside, repeats, unused
 from mergekit_lr.recipe.parameters import Scope
 from mergekit_lr.recipe.problems import Problems, nearest, shown
 from mergekit_lr.recipe.schema import DTYPES, NONFINITE, Recipe
@@ -287,8 +287,11 @@ class _Walk:
         """What to say of a parameter that is unknown where it stands."""
         assert self.method is not None
         if key in self.merge_fields:
-            if key == "int8_mask" or repeats_default(self.merge_fields[key], node):
-                return Hint(f"{key} of {self.method.name} is one for all models; this repeats its default", True)
+            shared = self.entries.get("parameters")
+            used = shared.value.entries.get(key) if shared and isinstance(shared.value, Mapping) else None
+            if key == "int8_mask" or repeats(self.merge_fields[key], node, used.value if used else None):
+                text = f"{key} of {self.method.name} is one for all models; here it has no effect, and repeats that one"
+                return Hint(text, harmless=True)
             where = "the recipe's or the slice's" if "slices" in self.entries else "the recipe's"
             return Hint(f"{key} of {self.method.name} is one for all models: put it under {where} `parameters`")
         if SYNONYMS.get(key, key) in ROOT_KEYS:

@@ -62,6 +62,7 @@ LINEAR = "merge_method: linear\nmodels:\n  - {model: ./a, parameters: {weight: 1
     [
         LINEAR % (", parameters: {weight: 1, density: 0.5}", ""),
         LINEAR % (", parameters: {weight: 1, normalize: true}", ""),
+        LINEAR % (", parameters: {weight: 1, normalize: false}", "parameters: {normalize: 0.0}\n"),
         LINEAR % (", parameters: {weight: 1}, density: 0.5", ""),
         LINEAR % (", parameters: {weight: 1}", "int8_mask: true\n"),
         LINEAR % (", parameters: {weight: 1}", "normalize: true\n"),
@@ -69,7 +70,8 @@ LINEAR = "merge_method: linear\nmodels:\n  - {model: ./a, parameters: {weight: 1
     ],
     ids=[
         "another's",
-        "repeats the default",
+        "the default",
+        "the recipe's",
         "beside parameters",
         "int8_mask at the top",
         "default at the top",
@@ -86,11 +88,12 @@ def test_harmless_where_it_stands(text: str) -> None:
     [
         LINEAR % (", weight: 1", ""),
         LINEAR % (", parameters: {weight: 1, normalize: false}", ""),
+        LINEAR % (", parameters: {weight: 1, normalize: true}", "parameters: {normalize: false}\n"),
         LINEAR % (", parameters: {weight: 1}", "normalize: false\n"),
         LINEAR % (", parameters: {weight: 1}", "parameters: {random_seed: 3}\n"),
         LINEAR % (", parameters: {weight: 1}", "parameters: {dtype: float16}\n"),
     ],
-    ids=["weight beside parameters", "of a model", "at the top", "seed", "dtype"],
+    ids=["beside parameters", "of a model", "against the recipe's", "at the top", "seed", "dtype"],
 )
 def test_refused_where_mergekit_drops_a_wish(text: str) -> None:
     with pytest.raises(RecipeError):
