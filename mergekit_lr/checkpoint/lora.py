@@ -162,13 +162,9 @@ class AdaptedCheckpoint(Checkpoint):
         own = self.stamps[len(self.base.stamps) :]
         return self.base.identity() + [[Path(s.path).name, s.size, s.mtime_ns, s.header] for s in own]
 
-    def changed(self) -> list[str]:
-        """Input files of base and adapter that are not what they were when they were opened."""
-        return list(dict.fromkeys([*self.base.changed(), *super().changed()]))
-
-    def places(self) -> list[Path]:
-        """Where the base lies, and the adapter."""
-        return [*self.base.places(), self.adapter_folder]
+    @property
+    def beneath(self) -> tuple[Checkpoint, ...]:
+        return (self.base, self.adapter)
 
     def close(self) -> None:
         self._factors.clear()

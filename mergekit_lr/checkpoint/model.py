@@ -126,8 +126,15 @@ class Checkpoint:
                     raise CheckpointError("cannot open the file", where=str(path), why=why) from e
             return self._descriptors[path]
 
+    @property
+    def beneath(self) -> tuple[Checkpoint, ...]:
+        """The models that this one is a view of."""
+        return ()
+
     def changed(self) -> list[str]:
         """Input files that are not what they were when they were opened."""
+        if self.beneath:
+            return list(dict.fromkeys(path for inner in self.beneath for path in inner.changed()))
         return [s.path for s in self.stamps if not s.still_holds()]
 
     def identity(self) -> list[list[Any]]:
@@ -141,6 +148,8 @@ class Checkpoint:
 
     def places(self) -> list[Path]:
         """Folders and files that it is read from, as far as an output must not be one of them."""
+        if self.beneath:
+            return list(dict.fromkeys(path for inner in self.beneath for path in inner.places()))
         return [self.folder or Path(self.stamps[0].path)]
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """Opens what an earlier stage of a recipe makes as a model that a later one reads.
 
 A stage is *streamed* where any piece of its output can be computed by itself: its model then exists only as numbers
-that are asked for, computed as they would have been written, rounding included. Otherwise, and where every look of
-the later stage would repeat a costly search of the earlier one, it is *written* once under ``OUT.partial/stages``.
+that are asked for, computed as they would have been written, rounding included. Otherwise, and where the later stage
+would repeat a costly search of the earlier one, or reads single rows, it is *written* once under
+``OUT.partial/stages``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES, torch_dtype
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.layout import nbytes_of
-from mergekit_lr.checkpoint.lora import AdaptedCheckpoint
 from mergekit_lr.checkpoint.model import Checkpoint, open_folder
 from mergekit_lr.checkpoint.open import adapted
 from mergekit_lr.checkpoint.reference import ModelReference
@@ -151,11 +151,12 @@ def sink_elements(sink: Sink) -> int:
 
 
 def streamed(checkpoints: Iterable[Checkpoint]) -> Iterator[StagedCheckpoint]:
-    """The streamed stages among inputs, those under an adapter too."""
+    """The streamed stages among inputs, those under an adapter or another vocabulary too."""
     for checkpoint in checkpoints:
-        found = checkpoint.base if isinstance(checkpoint, AdaptedCheckpoint) else checkpoint
-        if isinstance(found, StagedCheckpoint):
-            yield found
+        if isinstance(checkpoint, StagedCheckpoint):
+            yield checkpoint
+        else:
+            yield from streamed(checkpoint.beneath)
 
 
 def held_for_stages(checkpoints: Iterable[Checkpoint], piece: int, read: int) -> int:
@@ -165,6 +166,8 @@ def held_for_stages(checkpoints: Iterable[Checkpoint], piece: int, read: int) ->
 
 def searches(graph: MergeGraph) -> bool:
     """Whether some tensor of the graph is looked at before it is merged."""
+    if graph.artifacts:
+        return True
     for operation in graph.operations:
         statistics = tensor_method(operation.method).statistics(operation.call, None)
         if statistics is not None:
@@ -213,7 +216,9 @@ def open_stage(
             where=str(recipe.origin or "recipe"),
             fix=f"use it in a run of its own, with --stage {name}",
         )
-    stream = streamable(laid_out) and not (searches(laid_out.graph) and often_read(user.method))
+    # Another vocabulary picks rows here and there, which a piece at a time is slow to give.
+    often = user.tokenizer is not None or (searches(laid_out.graph) and often_read(user.method))
+    stream = streamable(laid_out) and not often
     if stream or headers_only:
         opened: Checkpoint = _staged(str(reference), laid_out, made_by)
         laid_out.how = "streamed" if stream else "written first"
@@ -231,11 +236,7 @@ def open_stage(
         opened.made_by = made_by
     stack.callback(opened.close)
     opened.stage = laid_out
-    if reference.adapter is None:
-        return opened
-    on_top = adapted(opened, reference)
-    on_top.stage = laid_out
-    return on_top
+    return adapted(opened, reference)
 
 
 def _staged(reference: str, plan: Plan, made_by: str) -> StagedCheckpoint:
@@ -290,6 +291,7 @@ def staged_plans(checkpoints: Iterable[Checkpoint]) -> list[tuple[str, Plan]]:
     """``(name, plan)`` of every stage among the inputs and under them, each after those that it needs."""
     found: dict[str, Plan] = {}
     for checkpoint in checkpoints:
+        found.update(staged_plans(checkpoint.beneath))
         plan = checkpoint.stage
         if plan is not None:
             found.update(staged_plans(plan.inputs.values()))

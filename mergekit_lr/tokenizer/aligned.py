@@ -128,6 +128,10 @@ class AlignedCheckpoint(Checkpoint):
         move = self.moves.get(name)
         return self.inner.file_position(name if move is None else move.own.tensor)
 
+    @property
+    def beneath(self) -> tuple[Checkpoint, ...]:
+        return (self.inner,)
+
     def identity(self) -> list[list[Any]]:
         """The model's, and what its rows are: another map gives other bytes."""
         digest = hashlib.sha256()
