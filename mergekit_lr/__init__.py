@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mergekit_lr.recipe.load import check as check
     from mergekit_lr.report.inspect import inspect as inspect
     from mergekit_lr.report.verify import verify as verify
+    from mergekit_lr.tokenizer.transplant import transplant as transplant
 
 _HOMES = {
     "merge": "mergekit_lr.engine.run",
@@ -46,6 +47,7 @@ _HOMES = {
     "fit_scales": "mergekit_lr.fitting",
     "curvature": "mergekit_lr.curvatures.api",
     "curvature_report": "mergekit_lr.curvatures.report",
+    "transplant": "mergekit_lr.tokenizer.transplant",
 }
 __all__ = [
     "MergeResult",
@@ -64,6 +66,7 @@ __all__ = [
     "plan",
     "recover",
     "schema",
+    "transplant",
     "verify",
 ]
 

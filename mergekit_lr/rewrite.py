@@ -57,6 +57,7 @@ class Outline:
     tokenizer the output gets. ``extra``: opened files beside the recipe's models (statistics, prepared tensors), by
     name; they may be used in ``models``. ``sinks``, ``tasks``, ``dropped``: as in `MergeGraph`. ``config``: the whole
     config.json of the output, None for the first model's. ``files``: small files to write beside the tensors.
+    ``tokenizer``: the opened input whose tokenizer the output gets, where that is not the first.
     ``kind``: a ``bundle`` keeps config and tokenizer under ``shared/`` and no model at its root; an ``adapter`` is one
     file of tensors, and has neither. ``details``: plain data for ``merge_report.json``. ``card``: Markdown at the end
     of the model card. ``bundle``: what ``bundle.json`` says, but for the digests.
@@ -73,6 +74,7 @@ class Outline:
     details: Mapping[str, Any] = field(default_factory=dict)
     card: str = ""
     bundle: Manifest | None = None
+    tokenizer: str | None = None
 
 
 class Desk(Protocol):

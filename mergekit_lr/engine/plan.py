@@ -368,7 +368,8 @@ def _small_files(
     tokens: Tokens | None,
 ) -> tuple[bytes | None, dict[str, bytes], list[str]]:
     """The output's config, what is carried over beside it, and warnings about everything that was found."""
-    tokenizer = tokens.source if tokens else merged[0]
+    named = outline.tokenizer if outline is not None else None
+    tokenizer = inputs[named] if named else tokens.source if tokens else merged[0]
     picked = {part: [(merged[m], layer) for m, layer in layers] for part, layers in graph.layers}
     whole = _kind(recipe) == "model"
     dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED} if whole else set()

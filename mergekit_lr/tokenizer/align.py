@@ -251,6 +251,9 @@ def refuse_where_unused(recipe: Recipe, tokens: Tokens | None, kind: str) -> Non
         raise RecipeError(f"{asked}: is not used by {recipe.merge_method}", where=origin, fix=fix)
     from mergekit_lr.rewrite import Rewrite
 
+    if recipe.tokenizer and isinstance(recipe.method, Rewrite) and recipe.method.aligns_tokens:
+        why, fix = "it decides itself which tokens the output has", "remove it"
+        raise RecipeError(f"tokenizer: is not used by {recipe.merge_method}", where=origin, why=why, fix=fix)
     if tokens is None or not tokens.moved:
         return
     if isinstance(recipe.method, Rewrite):

@@ -51,6 +51,11 @@ SURFACE = {
         *("--device", "--max-memory", "--threads", "--resume/--restart", "--overwrite", "--allow-pickle"),
         *("--json", "--quiet -q"),
     ],
+    "transplant": [
+        *("MODEL", "DONOR", "OUT", "--k -k", "--approximation-method", "--cosine-similarity", "--weight-scheme"),
+        *("--subword-method", "--prefix-match", "--byte-match", "--dtype", "--seed", "--device", "--max-memory"),
+        *("--threads", "--shard-size", "--resume/--restart", "--overwrite", "--allow-pickle", "--json", "--quiet -q"),
+    ],
     "eval": ["MODEL", "FILE", "--text", "--device", "--context", "--max-tokens", "--json"],
 }
 
@@ -71,7 +76,7 @@ def test_commands_and_options_are_frozen() -> None:
     assert found == SURFACE
 
 
-FUNCTIONS = ["merge", "recover", "plan", "calibrate", "curvature", "extract-lora"]
+FUNCTIONS = ["merge", "recover", "plan", "calibrate", "curvature", "extract-lora", "transplant"]
 """Commands whose function takes the same options."""
 
 
