@@ -29,13 +29,14 @@ from zoo.vision import Perceptron, VisionTransformer, digits, train
 
 from mergekit_lr.arch.spec import spec_for
 from mergekit_lr.arch.symmetry import SymmetrySpec
+from mergekit_lr.checkpoint.writer import write_safetensors
 from mergekit_lr.linalg.assignment import assign, cross_gram
 from mergekit_lr.matching.ascent import match_weights
 from mergekit_lr.matching.barrier import loss_barrier
 from mergekit_lr.matching.diagnose import agreements, mean_agreement
 from mergekit_lr.matching.learned import learn
 from mergekit_lr.matching.many import interpolated, match_many, mean_model
-from mergekit_lr.matching.member import apply_all
+from mergekit_lr.matching.member import apply_all, identity
 from mergekit_lr.matching.pleas import pleas
 from mergekit_lr.matching.running import Samples
 from mergekit_lr.matching.soft import soft_apply, soft_match
@@ -44,8 +45,9 @@ HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "matching.json"
 WIDTHS, SEEDS = (64, 128, 256, 512), (0, 1, 2)
 SOFTNESS, BUDGET = 0.05, 1.2
-TRANSFORMER_STEPS = 40
-"""Steps of learned permutations for the ViTs and Llamas; 200 for perceptrons."""
+STEPS = {64: 200, 128: 200, 256: 200, 512: 50}
+TRANSFORMER_STEPS = 20
+"""Steps of learned permutations, for perceptrons by width."""
 Tensors = dict[str, Tensor]
 
 
@@ -210,10 +212,11 @@ def in_batches(images: Tensor, labels: Tensor) -> Samples:
     return Samples(torch.split(images, 256), torch.split(labels, 256))
 
 
-def digit_rows(work: Path, result: dict[str, Any], save: Callable[[], None]) -> None:
+def digit_rows(work: Path, result: dict[str, Any], save: Callable[[], None], seconds: float) -> None:
     """Perceptron pairs, and MergeMany of the three seeds of each width, for both trainings; then the ViTs.
 
-    What ``result`` holds already stays: to measure all anew, remove it from the file.
+    What ``result`` holds already stays: to measure all anew, remove it from the file. No row is begun once this
+    process has had ``seconds`` of CPU time; the next run goes on.
     """
     images, classes, test, labels = digits()
     held_out = class_loss(test, labels)
@@ -228,16 +231,18 @@ def digit_rows(work: Path, result: dict[str, Any], save: Callable[[], None]) -> 
         models = perceptrons(work, width, training)
         spec = spec_for("chain", {n: tuple(t.shape) for n, t in state(models[0]).items()}, None, "mlp")
         for label, (i, j) in labelled.items():
+            if time.process_time() > seconds:
+                return
             if label not in known:
                 row = compare(
                     label, [models[i], models[j]], spec, held_out, lambda w=width: Perceptron(w), [images],
-                    list(spec.groups), samples, other_loss=every,
+                    list(spec.groups), samples, STEPS[width], every,
                 )  # fmt: skip
                 pairs.append({"kind": "mlp", "training": training, "width": width, **row})
                 save()
         many.append({"training": training, "width": width, **three(models, spec, held_out, width)})
         save()
-    if not any(p["kind"] == "vit" for p in pairs):
+    if time.process_time() <= seconds and not any(p["kind"] == "vit" for p in pairs):
         vits = transformers(work)
         shapes = {n: tuple(t.shape) for n, t in state(vits[0]).items()}
         spec = spec_for(str(HERE / "matching_vit.yml"), shapes, None, "vit")
@@ -319,6 +324,58 @@ def timing() -> dict[str, Any]:
     return found
 
 
+def slice_of_8b(work: Path) -> dict[str, Any]:
+    """Neurons of one layer with the shapes of Llama 8B, a planted permutation with noise: CPU seconds on one thread.
+
+    In a process of its own kind of memory: files on disk, as a merge has them. ``peak_gib``: of the whole process.
+    """
+    import resource
+
+    from mergekit_lr.checkpoint.model import open_file
+    from mergekit_lr.matching import steps
+    from mergekit_lr.matching.inputs import Reader
+
+    torch.set_num_threads(1)
+    g = torch.Generator().manual_seed(0)
+    shapes = {"gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}
+    tensors = {f"model.layers.0.mlp.{n}.weight": torch.randn(s, generator=g).bfloat16() for n, s in shapes.items()}
+    spec = spec_for("llama", {n: tuple(t.shape) for n, t in tensors.items()}, {"num_attention_heads": 32}, "slice")
+    planted = identity(spec).with_group("ffn.0", torch.randperm(14336, generator=g))
+    paths = []
+    for name in "ab":
+        paths.append(work / f"slice-{name}.safetensors")
+        write_safetensors(paths[-1], tensors)
+        if name == "a":
+            tensors = {
+                n: t + 0.5 * torch.randn(t.shape, generator=g, dtype=torch.bfloat16)
+                for n, t in apply_all(spec, planted, tensors).items()
+            }
+    del tensors
+    spent = {"assign": 0.0, "cross_gram": 0.0}
+
+    def timed(name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*given: Any, **more: Any) -> Tensor:
+            begin = time.process_time()
+            found = run(*given, **more)
+            spent[name] += time.process_time() - begin
+            return found
+
+        return call
+
+    steps.assign, steps.cross_gram = timed("assign", assign), timed("cross_gram", cross_gram)  # type: ignore[assignment]
+    begin = time.process_time()
+    with open_file(paths[0], "a") as a, open_file(paths[1], "b") as b:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = match_weights(spec, Reader(a, 0), Reader(b, 0), only=["ffn.*"])
+    back = planted.permutations["ffn.0"][found.member.permutations["ffn.0"]]
+    return {
+        "assignment_seconds": spent["assign"], "product_seconds": spent["cross_gram"],
+        "all_seconds": time.process_time() - begin, "sweeps": found.sweeps,
+        "found": float((back == torch.arange(14336)).double().mean()),
+        "peak_gib_before": before / 2**20, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }  # fmt: skip
+
+
 def plot(pairs: list[dict[str, Any]], path: Path) -> None:
     """The diagnostic against the measured barrier, a point for each pair."""
     from matplotlib.figure import Figure
@@ -398,7 +455,8 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="write the tables of docs/quality_matching.md, measure nothing"
     )
-    parser.add_argument("--parts", nargs="+", default=["digits", "language", "timing"])
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no more rows after so much CPU time")
+    parser.add_argument("--parts", nargs="+", default=["digits", "language", "timing", "slice"])
     arguments = parser.parse_args()
     if arguments.table:
         publish(json.loads(RESULT.read_text()))
@@ -412,9 +470,11 @@ def main() -> None:
 
     for part in arguments.parts:
         if part == "digits":
-            digit_rows(arguments.work, result, save)
+            digit_rows(arguments.work, result, save, arguments.seconds)
         elif part == "language":
             result["language"] = language_row(arguments.work)
+        elif part == "slice":
+            result["slice"] = slice_of_8b(arguments.work)
         elif part == "timing":
             result["timing"] = timing()
         result["torch"] = torch.__version__

@@ -36,16 +36,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cross_gram(pairs: Iterable[tuple[Tensor, Tensor]], *, threads: int = 1) -> Tensor:
+def cross_gram(pairs: Iterable[tuple[Tensor, Tensor]], *, threads: int = 1, out: Tensor | None = None) -> Tensor:
     """``C = sum_k X_k Y_k^T`` in fp64, ``[n, m]``, from pairs ``X_k [n, d_k]``, ``Y_k [m, d_k]`` of any float dtype.
 
-    ``2 n m d`` flops; at most `COLUMNS` columns are held in fp64, besides C. The result is the same to the bit for
-    any ``threads``.
+    ``2 n m d`` flops. ``out``: a table that the products are added to, and that is returned. At most `COLUMNS` columns
+    are held in fp64, besides C. The result is the same to the bit for any ``threads``.
 
     Raises:
         LinalgError: there is no pair, shapes do not fit, or C is not finite.
     """
-    out: Tensor | None = None
     with one_thread():
         for x, y in pairs:
             if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:

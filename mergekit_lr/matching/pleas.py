@@ -14,7 +14,7 @@ value; y likewise; W_0 is the mean (or the kept rows) that weight matching alone
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from mergekit_lr.arch.symmetry import Axis, SymmetrySpec
 from mergekit_lr.errors import CheckpointError, UsageError
 from mergekit_lr.linalg.assignment import one_thread
 from mergekit_lr.matching.occurrences import occurrences
+from mergekit_lr.matching.running import Batch, run
 
 Tensors = Mapping[str, Tensor]
 
@@ -64,7 +65,7 @@ def pleas(
     spec: SymmetrySpec,
     a: nn.Module,
     b: nn.Module,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     budgets: Mapping[str, float] | None = None,
     ridge: float = 1e-3,
@@ -117,7 +118,7 @@ def _averaged(spec: SymmetrySpec, splits: Mapping[str, Split], name: str, x: Ten
     return x * shares[0] + y * shares[1]
 
 
-def _plain_group(axis: Axis, splits: Mapping[str, Split], name: str) -> str | None:
+def _plain_group(axis: Axis, splits: Collection[str], name: str) -> str | None:
     groups = [f.group for s in axis for f in s if f.group in splits]
     if not groups:
         return None
@@ -160,9 +161,9 @@ class _Sums:
 
 
 def _normal_equations(
-    spec: SymmetrySpec, splits: Mapping[str, Split], a: nn.Module, b: nn.Module, batches: Sequence[Tensor]
+    spec: SymmetrySpec, splits: Mapping[str, Split], a: nn.Module, b: nn.Module, batches: Sequence[Batch]
 ) -> dict[str, _Sums]:
-    names = [n for n, m in a.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in spec.of_tensor]
+    names = linear_layers(spec, a)
     sums = {n: _Sums() for n in names}
     for batch in batches:
         seen = [_record(model, names, batch) for model in (a, b)]
@@ -174,7 +175,23 @@ def _normal_equations(
     return sums
 
 
-def _record(model: nn.Module, names: list[str], batch: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def linear_layers(spec: SymmetrySpec, network: nn.Module) -> list[str]:
+    """Names of the layers that are refitted: linear ones whose weight is not another tensor by a second name."""
+    return [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in spec.of_tensor]
+
+
+def widened_shape(spec: SymmetrySpec, name: str, shape: tuple[int, ...], widths: Mapping[str, int]) -> tuple[int, ...]:
+    """A tensor's shape once groups have other ``widths``.
+
+    Raises:
+        CheckpointError: such a group is only a factor of an axis.
+    """
+    axes = spec.of_tensor[name][0].axes
+    groups = [_plain_group(axis, widths, name) for axis in axes]
+    return tuple(n if g is None else widths[g] for g, n in zip(groups, shape, strict=True))
+
+
+def _record(model: nn.Module, names: list[str], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> object:
@@ -186,7 +203,7 @@ def _record(model: nn.Module, names: list[str], batch: Tensor) -> dict[str, tupl
     handles = [model.get_submodule(n).register_forward_hook(hook(n)) for n in names]  # type: ignore[arg-type]
     try:
         with torch.no_grad():
-            model(batch)
+            run(model, batch)
     finally:
         for h in handles:
             h.remove()

@@ -67,8 +67,17 @@ def as_batches(inputs: Tensor, config: Mapping[str, Any] | None) -> tuple[Batch,
 
 
 def run(network: nn.Module, batch: Batch) -> Tensor:
-    """Outputs or logits."""
-    out = network(**batch) if isinstance(batch, Mapping) else network(batch)
+    """Outputs or logits.
+
+    Raises:
+        CheckpointError: the network does not take such a batch.
+    """
+    try:
+        out = network(**batch) if isinstance(batch, Mapping) else network(batch)
+    except (TypeError, ValueError, RuntimeError, IndexError) as e:
+        given = {k: list(v.shape) for k, v in (batch if isinstance(batch, Mapping) else {"inputs": batch}).items()}
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise CheckpointError(f"the model cannot be run on {given}", why=why) from e
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     return logits
 

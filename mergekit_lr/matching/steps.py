@@ -30,7 +30,11 @@ class _Gain:
     signed: Tensor | None
 
     def best(self) -> Tensor:
-        return self.plain if self.signed is None else self.plain + self.signed.abs()
+        """The gain with the better sign. Takes the place of ``plain``: these are the largest tables of a matching."""
+        if self.signed is not None:
+            for start in range(0, len(self.plain), 1024):
+                self.plain[start : start + 1024] += self.signed[start : start + 1024].abs()
+        return self.plain
 
 
 def step_alone(spec: SymmetrySpec, group: str, read_a: Read, read_b: Read, member: Member, threads: int = 1) -> Member:
@@ -42,7 +46,7 @@ def step_alone(spec: SymmetrySpec, group: str, read_a: Read, read_b: Read, membe
     signed = torch.zeros(count, n, n, dtype=torch.float64) if is_signed else None
     for k, flips, x, y in unfolded_pairs(spec, group, read_a, read_b, member):
         target = signed if flips and signed is not None else plain
-        target[k or 0] += cross_gram([(x, y)], threads=threads).cpu()
+        cross_gram([(x, y)], threads=threads, out=target[k or 0])
     rows, signs = [], []
     for k in range(count):
         keep = member.permutations[group][k] if outer else member.permutations[group]
