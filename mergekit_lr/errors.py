@@ -19,7 +19,12 @@ class MergekitLrError(Exception):
             line += f" ({why})"
         if fix:
             line += f"; {fix}"
-        super().__init__(line)
+        super().__init__(printable(line))
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows and does not obey: names in it come from strangers' files."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(MergekitLrError):
@@ -37,7 +42,7 @@ class RecipeError(MergekitLrError):
         self, what: str, *, where: str = "", why: str = "", fix: str = "", problems: tuple[str, ...] = ()
     ) -> None:
         super().__init__(what, where=where, why=why, fix=fix)
-        self.problems = problems or (str(self),)
+        self.problems = tuple(map(printable, problems)) or (str(self),)
 
 
 class CheckpointError(MergekitLrError):
@@ -49,7 +54,7 @@ class CheckpointError(MergekitLrError):
         self, what: str, *, where: str = "", why: str = "", fix: str = "", problems: tuple[str, ...] = ()
     ) -> None:
         super().__init__(what, where=where, why=why, fix=fix)
-        self.problems = problems or (str(self),)
+        self.problems = tuple(map(printable, problems)) or (str(self),)
 
 
 class NonFiniteError(CheckpointError):

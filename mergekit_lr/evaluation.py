@@ -12,10 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lr.checkpoint.foreign_code import check_loadable
+from mergekit_lr.checkpoint.model import open_folder
 from mergekit_lr.checkpoint.open import local_path
 from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.errors import CheckpointError, UsageError
+from mergekit_lr.errors import CheckpointError, UsageError, join_problems
 from mergekit_lr.lazy import torch
+from mergekit_lr.report.consistency import count_problems
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,6 +79,8 @@ def load_for_evaluation(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
 
     if not (folder / "config.json").exists():
         raise CheckpointError("no model that can be run", where=str(folder), why="there is no config.json")
+    check_loadable(folder)
+    _check_counts(folder)
     shown = logging.is_progress_bar_enabled()
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
@@ -98,6 +103,14 @@ def load_for_evaluation(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
             first = sorted(map(str, report[kind]))[0]
             raise CheckpointError(f"the weights do not fit the model: {kind} {first}", where=str(folder))
     return network.to(device).eval(), tokenizer
+
+
+def _check_counts(folder: Path) -> None:
+    """Refuse a config of a billion layers before transformers builds them."""
+    with open_folder(folder, str(folder)) as checkpoint:
+        found = count_problems(checkpoint.config or {}, checkpoint.tensors)
+    if found:
+        raise join_problems(CheckpointError, [f"{folder}: {p}; mend config.json" for p in found])
 
 
 def text_of(path: Path) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lr.bundle.checked import CheckedDesk
-from mergekit_lr.bundle.codes import get_code
+from mergekit_lr.bundle.codes import fitting, get_code
 from mergekit_lr.bundle.manifest import BASE, SHARED, Recovered
 from mergekit_lr.bundle.open import Bundle, open_bundle
 from mergekit_lr.checkpoint.dtypes import torch_dtype
-from mergekit_lr.checkpoint.model import Checkpoint, inside
+from mergekit_lr.checkpoint.foreign_code import without_code
+from mergekit_lr.checkpoint.model import Checkpoint, inside, read_config, read_plain
+from mergekit_lr.engine.side_files import LARGEST_FILE, OTHER_FILES, TOKENIZER_FILES
 from mergekit_lr.graph.nodes import Result, Sink, Task
 from mergekit_lr.graph.nodes import Source as Tensor
 from mergekit_lr.method import Base, Parameters, Source, parameter
@@ -70,7 +72,7 @@ class Recover(Rewrite):
                 sinks.append(Sink(w.name, w.dtype, w.shape, Result(number, 0), f"recovered: {w.code}"))
             config, files = _shared_files(bundle.folder)
             edits = next(t.facts.get("config", {}) for t in bundle.manifest.tasks if t.name == merge.task)
-            config = {**config, **edits} if config is not None else None
+            config = without_code({**config, **edits})[0] if config is not None else None
             extra = {}
             if outside:
                 extra["base"] = bundle.base
@@ -84,7 +86,8 @@ class Recover(Rewrite):
         wanted = Recovered(**plain | {"shape": tuple(plain["shape"]), "parts": tuple(plain["parts"])})
         dtypes = [torch_dtype(d) for d in call.dtypes]
         checked = CheckedDesk(desk, wanted.parts, dtypes, call.digests, call.where)
-        get_code(wanted.code).decode(wanted, checked)
+        with fitting(wanted, call.where):
+            get_code(wanted.code).decode(wanted, checked)
         checked.check()
 
 
@@ -108,6 +111,10 @@ def _plain(wanted: Recovered) -> dict[str, Any]:
 def _shared_files(folder: Path) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
     """The config and the other small files that every task's model has."""
     shared = folder / SHARED
-    files = {p.name: inside(shared, p.name).read_bytes() for p in sorted(shared.glob("*"))} if shared.is_dir() else {}
-    config = files.pop("config.json", None)
-    return None if config is None else json.loads(config), files
+    if shared.is_symlink() or not shared.is_dir():
+        return None, {}
+    allowed = {*TOKENIZER_FILES, *OTHER_FILES}
+    present = sorted(p.name for p in shared.iterdir() if p.name in allowed)
+    files = {name: read_plain(shared, name, most=LARGEST_FILE) for name in present}
+    path = inside(shared, "config.json")
+    return read_config(path) if path.exists() else None, files

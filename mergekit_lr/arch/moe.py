@@ -296,6 +296,8 @@ def _stored(slot: Slot, block: str, count: int, tensors: Mapping[str, Info]) -> 
     kinds = [s for s in ("", *COMPANIONS) if stem.format(e=0) + s in tensors]
     if "" not in kinds and "_blocks" not in kinds:
         raise _Misfit(f"{stem.format(e=0)} is missing")
+    if not slot.fused and count > len(tensors):  # rows can be had for nothing: a shape [10^13, 0] holds no byte
+        raise _Misfit(f"the router has {count} rows, but there are {len(tensors)} tensors in all")
     for suffix in kinds:
         names = (stem + suffix,) if slot.fused else tuple(stem.format(e=e) + suffix for e in range(count))
         absent = [n for n in names if n not in tensors]

@@ -50,6 +50,12 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, dict) else config
 
 
+def architectures(config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Names of the model's classes; none where the entry is not a list of texts."""
+    found = (config or {}).get("architectures")
+    return tuple(n for n in found if isinstance(n, str)) if isinstance(found, list) else ()
+
+
 def claimed_layers(config: Mapping[str, Any] | None) -> int | None:
     """How many layers a config says that the language model has; None where it does not say."""
     if config is None:
@@ -86,7 +92,7 @@ def main_stack(names: Iterable[str], config: Mapping[str, Any] | None, reference
     language = {p: s for p, s in stacks.items() if not _TOWER.search(p)} or stacks
     claimed = claimed_layers(config)
     if len(language) > 1:
-        fitting = {p: s for p, s in language.items() if s == set(range(claimed or 0))}
+        fitting = {p: s for p, s in language.items() if len(s) == claimed and max(s) == claimed - 1}
         if len(fitting) != 1:
             found = ", ".join(f"{p} ({len(s)} layers)" for p, s in sorted(language.items())[:4])
             raise _unclear(reference, f"it has several stacks: {found}")
@@ -146,7 +152,7 @@ def _stacks(names: list[str], reference: str) -> dict[str, set[int]]:
 
 def _checked(prefix: str, layers: set[int], names: list[str], claimed: int | None, reference: str) -> Stack:
     if layers != set(range(len(layers))):
-        missing = min(set(range(max(layers))) - layers)
+        missing = next(i for i in range(len(layers)) if i not in layers)  # a number may be 10^12
         raise _unclear(reference, f"{prefix} has layers up to {max(layers)}, but no layer {missing}")
     if claimed is not None and claimed != len(layers):
         raise _unclear(reference, f"config.json says {claimed} layers, and {prefix} has {len(layers)}")

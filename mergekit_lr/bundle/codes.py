@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import ClassVar
 
@@ -44,6 +46,20 @@ class Copy(Code):
     def decode(self, wanted: Recovered, desk: Desk, start: int = 0, stop: int | None = None) -> None:
         for a, b in steps(desk, start, wanted.numel if stop is None else stop):
             desk.write(0, desk.read(0, a, b, dtype=torch_dtype(wanted.dtype)), a)
+
+
+@contextmanager
+def fitting(wanted: Recovered, where: str) -> Iterator[None]:
+    """Decoding what bundle.json describes: numbers of it that its tensors do not bear out become a CheckpointError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as e:
+        raise CheckpointError(
+            f"what bundle.json says of {wanted.name!r} does not fit what is stored",
+            where=where,
+            why=f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0][:200]}",
+            fix="pack or copy the bundle again",
+        ) from e
 
 
 def steps(desk: Desk, start: int, stop: int) -> list[tuple[int, int]]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
-from mergekit_lr.checkpoint.header import unique_keys
 from mergekit_lr.checkpoint.layout import Shard
+from mergekit_lr.checkpoint.model import SHARD_NAME, inside, read_json
 from mergekit_lr.errors import CheckpointError
 
 FILE = "bundle.json"
@@ -161,19 +161,12 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: it is missing, damaged, of a newer version, or says things that do not fit each other.
     """
-    path = folder / FILE
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError("the file is too large to be read", where=str(path))
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except FileNotFoundError:
+    path = inside(folder, FILE)
+    if not path.exists():
         raise CheckpointError(
             "not a bundle", where=str(folder), why=f"there is no {FILE}", fix="give a folder that a packing merge wrote"
-        ) from None
-    except OSError as e:
-        raise CheckpointError("cannot read the file", where=str(path), why=e.strerror or str(e)) from e
-    except (ValueError, RecursionError) as e:
-        raise _damaged(path, str(e)) from e
+        )
+    content = read_json(path, most=MAX_BYTES)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise _damaged(path, f"its format is not {FORMAT!r}")
     version = content.get("version")
@@ -189,7 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return _manifest(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise _damaged(path, f"{type(e).__name__}: {str(e)[:200]}") from e
 
 
@@ -219,8 +212,8 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
         base=dict(content["base"]),
         entries=_entries(content["tensors"], set(names)),
         adapters=None if adapters is None else _adapters(adapters, set(names)),
-        storage=dict(content.get("storage", {})),
-        files=tuple(dict(f) for f in content["files"]),
+        storage=_storage(content.get("storage", {})),
+        files=tuple(_file(f) for f in content["files"]),
         digest_algorithm=_text(content["digest_algorithm"]),
         digests={_text(n): _text(d) for n, d in content["digests"].items()},
     )
@@ -259,6 +252,22 @@ def _entry(content: Mapping[str, Any]) -> Entry:
         call=dict(content.get("call", {})),
         numbers={_text(t): dict(n) for t, n in content.get("numbers", {}).items()},
     )
+
+
+def _storage(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table of sizes: numbers only, because it is shown."""
+    numbers = [*content.get("bytes", {}).values(), content.get("unpacked_bytes", 0), content.get("ratio", 0.0)]
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        raise TypeError("storage holds something that is no number")
+    return dict(content)
+
+
+def _file(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """One shard: its plain name, its size in bytes, and the digest of its header."""
+    _text(content["header_sha256"])
+    if not SHARD_NAME.fullmatch(_text(content["file"])) or type(content["bytes"]) is not int:
+        raise ValueError(f"{content['file'][:80]!r} is not the plain file name of a shard with its size")
+    return dict(content)
 
 
 def _text(value: Any) -> str:

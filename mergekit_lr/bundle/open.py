@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.bundle.codes import get_code
+from mergekit_lr.bundle.codes import fitting, get_code
 from mergekit_lr.bundle.manifest import BASE, Entry, Manifest, Recovered, read_manifest
 from mergekit_lr.bundle.memory import FilePart, MemoryDesk, Part, held
 from mergekit_lr.checkpoint.dtypes import torch_dtype
@@ -64,7 +64,7 @@ def _open_stored(folder: Path, manifest: Manifest) -> Checkpoint:
     wanted = {p for e in _every_entry(manifest) for own in e.own.values() for p in (*e.shared, *own)}
     absent = sorted(p for p in wanted if not p.startswith(BASE) and p not in stored.tensors)
     if absent:
-        raise CheckpointError(f"the bundle does not hold {absent[0]!r}", where=str(folder), fix="pack it again")
+        raise CheckpointError(f"the bundle does not hold {absent[0][:80]!r}", where=str(folder), fix="pack it again")
     return stored
 
 
@@ -152,7 +152,8 @@ class Bundle:
     def decode(self, wanted: Recovered, out: Tensor) -> None:
         """Compute one tensor into ``out``, which has its shape, is contiguous and at least as wide."""
         desk = MemoryDesk([self.part(p) for p in wanted.parts], out, wanted.dtype)
-        get_code(wanted.code).decode(wanted, desk)
+        with fitting(wanted, str(self.folder)):
+            get_code(wanted.code).decode(wanted, desk)
 
     @cached_property
     def base(self) -> Checkpoint:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.arch.experts import Blocks, Family, family_of, in_memory, known_families
+from mergekit_lr.arch.stack import claimed_layers
+from mergekit_lr.checkpoint.foreign_code import refuse_kernels
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.lazy import torch
@@ -240,6 +242,10 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         raise CheckpointError("no model that can be run", where=where, why="there is no config.json")
     if "quantization_config" in content:
         raise CheckpointError("the weights are quantised", where=where, fix="calibrate the model they were made from")
+    refuse_kernels(content, where)
+    depth, stored = claimed_layers(content), len(_by_layer(checkpoint))
+    if depth is not None and depth > 2 * stored + 8:
+        raise CheckpointError(f"the config has {depth} layers and the weights {stored}", where=where)
     model_type = content.get("model_type")
     try:
         config = CONFIG_MAPPING[model_type].from_dict(dict(content))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergekit_lr.checkpoint.foreign_code import check_loadable
 from mergekit_lr.errors import CheckpointError, UsageError
 from mergekit_lr.lazy import torch
 
@@ -114,6 +115,7 @@ def load_tokenizer(folder: Path | None, reference: str) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if folder is None or not any((folder / n).exists() for n in names):
         raise CheckpointError("the model has no tokenizer", where=reference, why="text cannot be cut", fix=fix)
+    check_loadable(folder)
     from transformers import AutoTokenizer
     from transformers.utils import logging
 

@@ -317,9 +317,9 @@ def _is_head(name: str) -> bool:
 
 def tied_embedding(base: Checkpoint) -> str | None:
     """Name of the input embedding, if the model's output head is that same tensor and not stored; else None."""
-    config = base.config or {}
-    causal = any("CausalLM" in str(a) or "Generation" in str(a) for a in config.get("architectures") or [])
-    if not causal and "GPT2LMHeadModel" not in (config.get("architectures") or []):
+    named = (base.config or {}).get("architectures")
+    classes = [str(a) for a in named] if isinstance(named, list) else []
+    if not any("CausalLM" in a or "Generation" in a for a in classes) and "GPT2LMHeadModel" not in classes:
         return None
     if any(_is_head(n) or n.endswith(".lm_head.weight") for n in base.tensors):
         return None

@@ -13,7 +13,9 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from json.decoder import scanstring
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,11 @@ MAX_ELEMENTS = 1 << 56
 MAX_NAME = 512
 MAX_TENSORS = 2_000_000
 _LAST = 1 << 62
+MAX_ENTRY = 4096
+MAX_METADATA = 16 << 20
+"""Characters of one tensor's entry, and of ``__metadata__``."""
+AT_ONCE = 4 << 20
+"""Bytes of a header that is parsed in one go; a longer one entry by entry, which is slower and takes less."""
 
 
 class TensorInfo(NamedTuple):
@@ -88,21 +95,26 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     """Check header bytes against the size of the file that holds them."""
     if not raw.startswith(b"{"):
         raise _bad(path, "the header does not begin with '{'")
+    data_start = 8 + len(raw)
+    found: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] | None = None
     try:
+        text = raw.decode("utf-8")
         # A minus before a value is rare; only then each number is looked at as text.
-        entries = json.loads(raw.decode("utf-8"), **(_STRICT if _MINUS.search(raw) else _PLAIN))
+        decoder = _STRICT if _MINUS.search(raw) else _PLAIN
+        entries = decoder.decode(text).items() if len(raw) <= AT_ONCE else _entries(text, decoder)
+        for name, entry in entries:
+            if name in found or (name == "__metadata__" and metadata is not None):
+                raise ValueError(f"key {name[:80]!r} appears twice")
+            if name == "__metadata__":
+                metadata = _metadata(entry, path)
+                continue
+            found[name] = _tensor(name, entry, data_start, path)
+            if len(found) > MAX_TENSORS:
+                raise _bad(path, f"it lists more than {MAX_TENSORS} tensors")
     except (ValueError, RecursionError) as e:
         raise _bad(path, f"the header is not valid JSON: {e}") from e
-    if not isinstance(entries, dict):
-        raise _bad(path, "the header is not a JSON object")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _bad(path, "__metadata__ must map strings to strings")
-    if len(entries) > MAX_TENSORS:
-        raise _bad(path, f"it lists {len(entries)} tensors; at most {MAX_TENSORS} are read")
-    data_start = 8 + len(raw)
-    tensors = [_tensor(name, entry, data_start, path) for name, entry in entries.items()]
-    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    tensors = sorted(found.values(), key=lambda t: (t.offset, t.nbytes))
     end = data_start
     for t in tensors:
         if t.offset != end:
@@ -110,7 +122,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
         end += t.nbytes
     if end != file_size:
         raise _bad(path, f"its tensors end at byte {end}, the file at {file_size}")
-    return Header({t.name: t for t in tensors}, metadata, hashlib.sha256(raw).hexdigest(), file_size)
+    return Header({t.name: t for t in tensors}, metadata or {}, hashlib.sha256(raw).hexdigest(), file_size)
 
 
 def _bad(path: Path, why: str) -> CheckpointError:
@@ -140,9 +152,58 @@ def _integer(text: str) -> int:
 
 
 _MINUS = re.compile(rb"[\[:,]\s*-")
-_PLAIN: dict[str, Any] = {"object_pairs_hook": unique_keys, "parse_constant": _no_constant}
-_STRICT: dict[str, Any] = {**_PLAIN, "parse_int": _integer}
+_PLAIN = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_no_constant)
+_STRICT = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_int=_integer)
 _ENTRY = {"dtype", "shape", "data_offsets"}
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _entries(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, Any]]:
+    """The header's entries, parsed one at a time: one that lies is refused before the next is looked at.
+
+    Parsed at once, a header of 100 MB can become 2 GB of empty lists.
+    """
+    at = _after_space(text, 1)
+    if text[at : at + 1] == "}":
+        _nothing_after(text, at + 1)
+        return
+    while True:
+        if text[at : at + 1] != '"':
+            raise ValueError(f"a name in quotes was expected at character {at}")
+        name, at = scanstring(text, at + 1, True)
+        at = _after_space(text, at)
+        if text[at : at + 1] != ":":
+            raise ValueError(f"a colon was expected at character {at}")
+        at = _after_space(text, at + 1)
+        # A tensor's entry holds no braces of its own, so the first one ends it.
+        end = at + MAX_METADATA if name == "__metadata__" else text.find("}", at, at + MAX_ENTRY) + 1
+        if not end:
+            raise ValueError(f"the entry of {name[:80]!r} is no object of at most {MAX_ENTRY} characters")
+        value, length = decoder.raw_decode(text[at:end])
+        yield name, value
+        at = _after_space(text, at + length)
+        if text[at : at + 1] == "}":
+            _nothing_after(text, at + 1)
+            return
+        if text[at : at + 1] != ",":
+            raise ValueError(f"a comma was expected at character {at}")
+        at = _after_space(text, at + 1)
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _nothing_after(text: str, at: int) -> None:
+    if _after_space(text, at) != len(text):
+        raise ValueError(f"there is more behind its end, at character {at}")
+
+
+def _metadata(value: Any, path: Path) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise _bad(path, "__metadata__ must map strings to strings")
+    return value
 
 
 def _tensor(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:

@@ -32,7 +32,7 @@ from mergekit_lr.checkpoint.model import (
     Stamp,
     inside,
     open_file,
-    read_json,
+    read_config,
     read_weight_map,
 )
 from mergekit_lr.errors import CheckpointError, ResourceError
@@ -124,7 +124,7 @@ def open_converted(sources: list[Path], folder: Path | None, reference: str, cac
     try:
         config = inside(folder, "config.json") if folder is not None else None
         if config is not None and config.exists():
-            checkpoint.config = read_json(config)
+            checkpoint.config = read_config(config)
         for number, source in enumerate(sources):
             target = _target(source, number, cache, temporary)
             if not target.exists():

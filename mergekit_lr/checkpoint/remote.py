@@ -23,7 +23,7 @@ from mergekit_lr.checkpoint.model import (
     Stamp,
     assemble,
     inside,
-    read_json,
+    read_config,
     read_weight_map,
     stamp_of,
 )
@@ -101,9 +101,7 @@ def look(place: Place, *, cache: Path | None = None, hint: str = "") -> Remote |
     chosen = chosen or dict.fromkeys(_weights(stated))
     if not chosen or all((folder / name).exists() for name in chosen):
         return None
-    config = read_json(inside(folder, "config.json")) if (folder / "config.json").exists() else None
-    if config is not None and not isinstance(config, dict):
-        raise CheckpointError("config.json does not hold an object", where=str(place))
+    config = read_config(inside(folder, "config.json")) if (folder / "config.json").exists() else None
     absent = [name for name in sorted(chosen) if name not in stated]
     if absent:
         raise CheckpointError(

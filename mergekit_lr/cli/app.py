@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from traceback import print_exception
@@ -18,7 +18,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from typer.main import get_command
 
-from mergekit_lr.errors import MergekitLrError
+from mergekit_lr.errors import MergekitLrError, printable
 
 DEBUG = "MERGEKIT_LR_DEBUG"
 INTERRUPTED = 130
@@ -63,8 +63,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no w
 
 
 def say(message: str) -> None:
-    """A message for a person."""
-    print(message, file=sys.stderr, flush=True)
+    """A message for a person. Names of strangers in it cannot move the cursor or add lines."""
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def show(lines: Iterable[str]) -> None:
+    """The result of a command, for people."""
+    for line in lines:
+        print(printable(line))
 
 
 def print_json(data: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergekit_lr.cli.app import Device, Json, MaxMemory, Quiet, RecipePath, command, print_json, say
+from mergekit_lr.cli.app import Device, Json, MaxMemory, Quiet, RecipePath, command, print_json, say, show
 
 
 @command
@@ -103,7 +103,7 @@ def curvature_report(
     if as_json:
         print_json(found.to_dict())
     else:
-        print("\n".join(found.lines()))
+        show(found.lines())
 
 
 @command

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergekit_lr.cli.app import AllowPickle, Device, Json, command, print_json
+from mergekit_lr.cli.app import AllowPickle, Device, Json, command, print_json, show
 from mergekit_lr.errors import UsageError, VerificationError
 
 
@@ -23,7 +23,7 @@ def verify(
     if as_json:
         print_json(report.to_dict())
     else:
-        print("\n".join(report.summary_lines()))
+        show(report.summary_lines())
     if report.problems:
         raise VerificationError("verification failed", where=str(out), why=f"{len(report.problems)} found")
 
@@ -43,7 +43,7 @@ def inspect(
     if as_json:
         print_json(found.to_dict())
     else:
-        print("\n".join(found.summary_lines()))
+        show(found.summary_lines())
 
 
 @command

@@ -21,6 +21,7 @@ from mergekit_lr.cli.app import (
     command,
     print_json,
     say,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def plan(
     if as_json:
         print_json(result.to_dict())
     else:
-        print("\n".join(result.summary_lines()))
+        show(result.summary_lines())
 
 
 @command

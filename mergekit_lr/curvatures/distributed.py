@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.checkpoint.model import inside
+from mergekit_lr.checkpoint.model import inside, read_plain
 from mergekit_lr.checkpoint.pickle import confine, plain_header
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.lazy import torch
@@ -113,9 +113,7 @@ def read_metadata(folder: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: not a metadata file, or one that does not fit itself.
     """
-    raw = inside(folder, ".metadata").read_bytes()
-    if len(raw) > MAX_METADATA:
-        raise CheckpointError("its metadata are too large")
+    raw = read_plain(folder, ".metadata", most=MAX_METADATA)
     loaded = _Inert(io.BytesIO(raw)).load()
     try:
         infos: dict[tuple[str, tuple[int, ...] | None], Any] = {}
@@ -158,6 +156,8 @@ def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any) -> Chunk
 def _load(folder: Path, chunk: Chunk) -> Any:
     """What a chunk holds, by torch's own loader with ``weights_only``."""
     path = inside(folder, chunk.file)
+    if not path.is_file():
+        raise CheckpointError(f"{chunk.file[:80]!r} is missing, or no plain file")
     if chunk.start < 0 or chunk.length < 0 or chunk.start + chunk.length > path.stat().st_size:
         raise CheckpointError(f"a piece lies outside of {chunk.file[:80]}")
     with path.open("rb") as f:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit_lr.checkpoint.foreign_code import check_loadable
 from mergekit_lr.checkpoint.model import read_json
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.lazy import torch
@@ -57,6 +58,7 @@ def parameters_of(folder: Path) -> Parameters:
             fix="give --model FOLDER, or --names FILE.json with the parameters' names in the optimizer's order",
         )
     config = read_json(config_path)
+    check_loadable(folder)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

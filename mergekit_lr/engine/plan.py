@@ -28,7 +28,7 @@ from mergekit_lr.engine.side_files import carried_over, merged_config
 from mergekit_lr.engine.stages import Write, held_for_stages, open_stage, searches, staged_plans, streamed
 from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
-from mergekit_lr.errors import CheckpointError
+from mergekit_lr.errors import CheckpointError, join_problems
 from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.companions import open_companions
 from mergekit_lr.graph.nodes import LEFT_OUT, MergeGraph, Result, Sink
@@ -38,7 +38,7 @@ from mergekit_lr.method import Method
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.recipe.stages import stage_of
-from mergekit_lr.report.consistency import config_problems
+from mergekit_lr.report.consistency import PLAIN_FAMILIES, config_problems, text_config
 from mergekit_lr.rewrite import Kind, Outline, Rewrite
 from mergekit_lr.sizes import parse_size
 from mergekit_lr.tokenizer.align import Tokens, align, refuse_where_unused
@@ -386,7 +386,7 @@ def _small_files(
         files, template_warnings = with_template(files, recipe.chat_template, merged)
         warnings += template_warnings
     if whole:
-        warnings += [f"the output's config.json: {p}" for p in _contradictions(config, graph)]
+        warnings += _contradictions(config, graph, merged[0].reference)
     if isinstance(recipe.method, Method):
         warnings += recipe.method.remarks([o.call for o in graph.operations])
     for checkpoint in (*merged, *(inputs[f] for f in graph.companions)):
@@ -399,12 +399,21 @@ def _small_files(
     return config, files, warnings
 
 
-def _contradictions(config: bytes | None, graph: MergeGraph) -> list[str]:
-    """What the output's config says that its tensors do not bear out."""
+def _contradictions(config: bytes | None, graph: MergeGraph, reference: str) -> list[str]:
+    """What the output's config says that its tensors do not bear out, as warnings.
+
+    Raises:
+        CheckpointError: there is such a thing, and the family is one whose layout is known for certain.
+    """
     if config is None:
         return []
+    content = json.loads(config)
     tensors = {s.name: TensorInfo(s.name, s.dtype, s.shape, 0, nbytes_of(s)) for s in graph.sinks}
-    return config_problems(json.loads(config), tensors)
+    found = config_problems(content, tensors)
+    if found and text_config(content).get("model_type") in PLAIN_FAMILIES:
+        fix = "mend that config.json, or use the weights that belong to it"
+        raise join_problems(CheckpointError, [f"{reference}: {p}; {fix}" for p in found])
+    return [f"the output's config.json: {p}" for p in found]
 
 
 def _kind(recipe: Recipe) -> Kind:

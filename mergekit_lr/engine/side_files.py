@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mergekit_lr.arch.by_layer import relayered
-from mergekit_lr.checkpoint.model import Checkpoint, inside
+from mergekit_lr.checkpoint.foreign_code import without_code
+from mergekit_lr.checkpoint.model import Checkpoint, read_plain
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.tokenizer.vocabulary import tokenizer_folder
 
@@ -33,6 +36,7 @@ OTHER_FILES = (
     "video_preprocessor_config.json",
 )
 LARGEST_FILE = 64 << 20
+_MAY_NAME_CODE = re.compile(rb"auto_map|custom_pipelines|_implementation|\\\\u")
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -47,16 +51,34 @@ def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str
         for name in names if folder is not None else ():
             assert folder is not None
             path = folder / name
-            if not path.is_file():
-                continue
-            if path.stat().st_size > LARGEST_FILE:
-                warnings.append(f"{checkpoint.reference}: {name} is over 64 MiB and is not carried over")
+            if not path.exists() and not path.is_symlink():
                 continue
             try:
-                files[name] = inside(folder, name).read_bytes()
-            except CheckpointError as e:  # a link out of the folder: not followed, and said
+                files[name], told = _as_it_is(folder, name)
+                warnings += [f"{checkpoint.reference}: {t}" for t in told]
+            except CheckpointError as e:  # not followed, not waited for, not read; and said
                 warnings.append(f"{checkpoint.reference}: {name} is not carried over ({e})")
     return files, warnings
+
+
+def _as_it_is(folder: Path, name: str) -> tuple[bytes, list[str]]:
+    """The bytes of a small file, and what was taken out: nothing but references to code, which is not carried over.
+
+    Raises:
+        CheckpointError: it is a link out of the folder, no plain file, too large or cannot be read.
+    """
+    data = read_plain(folder, name, most=LARGEST_FILE)
+    if not name.endswith(".json") or not _MAY_NAME_CODE.search(data):
+        return data, []
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return data, []
+    cleaned, found = without_code(content) if isinstance(content, dict) else (content, [])
+    if not found:
+        return data, []
+    text = json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "surrogatepass"), [f"{name} named code ({', '.join(found)}), which is not carried over"]
 
 
 def merged_config(
@@ -81,10 +103,14 @@ def merged_config(
     for part, picked in (layers or {}).items():
         sources = [(c.config or original, c.reference, i) for c, i in picked]
         config = relayered(config, reference.reference, sources, part)
-    if "auto_map" in config and edited is None:
-        del config["auto_map"]
+    own = config.get("auto_map") if edited is not None else None  # of a method that writes a model class of its own
+    config, found = without_code(config)
+    if own and own != (reference.config or {}).get("auto_map"):
+        config["auto_map"] = own
+        found.remove("auto_map")
+    if found:
         warnings.append(
-            f"{reference.reference}: its config points to Python files (auto_map); code is not carried over, "
+            f"{reference.reference}: its config names code ({', '.join(found)}); code is not carried over, "
             "so the output loads only where transformers knows the architecture"
         )
     floating = [d for d in dtypes if d in TORCH_NAMES]

@@ -53,7 +53,10 @@ def saved_choice(path: Path) -> str:
     Raises:
         CheckpointError: the file is none of ours.
     """
-    return _metadata(path)["permutations"]
+    choice = _metadata(path).get("permutations")
+    if choice is None:
+        raise CheckpointError("the file does not say what was permuted", where=str(path), fix="match the models again")
+    return choice
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -77,7 +80,12 @@ def load_members(
         CheckpointError: the file is for another number of models, its permutations do not fit the specs, or it holds
             plans and none are wanted, or the other way round.
     """
-    models = json.loads(_metadata(path)["models"])
+    try:
+        models = json.loads(_metadata(path)["models"])
+    except (KeyError, ValueError, RecursionError):
+        models = None
+    if not isinstance(models, list):
+        raise CheckpointError("the file does not say which models it is for", where=str(path), fix="match them again")
     if len(models) != len(specs):
         raise CheckpointError(
             f"the permutations are for {len(models)} models and the recipe has {len(specs)}", where=str(path)

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lr.checkpoint.model import read_plain
 from mergekit_lr.checkpoint.open import exists, local
 from mergekit_lr.checkpoint.reference import ModelReference, Place
+from mergekit_lr.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mergekit_lr.checkpoint.model import Checkpoint
@@ -143,11 +145,9 @@ def _common_license(inputs: Sequence[Checkpoint]) -> str | None:
 
 def license_of(folder: Path) -> str | None:
     """The licence identifier in a model card's front matter; None if it states none, or one of its own."""
-    path = folder / "README.md"
     try:
-        with path.open("rb") as f:
-            head = f.read(MAX_README).decode("utf-8", "replace")
-    except OSError:
+        head = read_plain(folder, "README.md", most=64 << 20)[:MAX_README].decode("utf-8", "replace")
+    except CheckpointError:
         return None
     front = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", head, re.DOTALL)
     found = re.findall(r"(?m)^license:[ \t]*[\"']?([A-Za-z0-9.+-]{1,64})[\"']?[ \t]*\r?$", front[1]) if front else []

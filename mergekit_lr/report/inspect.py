@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergekit_lr.arch.stack import architectures
 from mergekit_lr.arch.tied import EMBEDDINGS, HEADS, config_ties
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
@@ -111,11 +112,11 @@ def describe(checkpoint: Checkpoint) -> Inspection:
     if checkpoint.config is not None:
         warnings += config_problems(config, tensors)
     warnings += layer_outliers(tensors)
-    architectures = config.get("architectures") or []
+    classes = architectures(config)
     largest = sorted(tensors.values(), key=lambda t: (-t.nbytes, t.name))[:5]
     return Inspection(
         model=checkpoint.reference,
-        architecture=str(architectures[0]) if architectures else None,
+        architecture=classes[0] if classes else None,
         model_type=str(config["model_type"]) if "model_type" in config else None,
         revision=checkpoint.revision,
         tensors=len(tensors),

@@ -13,7 +13,7 @@ from typing import Any
 
 from mergekit_lr.arch.tied import EMBEDDINGS, HEADS
 from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header
-from mergekit_lr.checkpoint.model import inside, read_json, read_weight_map
+from mergekit_lr.checkpoint.model import inside, read_config, read_json, read_weight_map
 from mergekit_lr.engine.digest import ALGORITHM
 from mergekit_lr.errors import CheckpointError, VerificationError
 from mergekit_lr.report.bundles import check_bundle, is_bundle
@@ -85,7 +85,7 @@ def verify(path: str | Path, *, weights: bool = True) -> Verification:
     config = None
     if folder.is_dir():
         _check_folder(result, folder, headers, infos)
-        config = _json(result, folder, "config.json")
+        config = _config(result, folder)
         if config is not None:
             result.problems += config_problems(config, infos)
             _check_tokenizer(result, folder, config, infos)
@@ -221,7 +221,8 @@ def _highest_token(tokenizer: dict[str, Any]) -> int | None:
         ids += [i for i in vocab.values() if type(i) is int]
     elif isinstance(vocab, list) and vocab:
         ids.append(len(vocab) - 1)
-    for token in tokenizer.get("added_tokens") or []:
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
         if isinstance(token, dict) and type(token.get("id")) is int:
             ids.append(token["id"])
     return max(ids, default=None)
@@ -295,6 +296,15 @@ def _check_weights(
         embedding = next((n for n in EMBEDDINGS if n in digests), None)
         if head and embedding and digests[head] != digests[embedding]:
             result.problems.append(f"config.json ties {head!r} to {embedding!r}, but the two differ")
+
+
+def _config(result: Verification, folder: Path) -> dict[str, Any] | None:
+    try:
+        path = inside(folder, "config.json")
+        return read_config(path) if path.exists() else None
+    except CheckpointError as e:
+        result.problems.append(str(e))
+        return None
 
 
 def _json(result: Verification, folder: Path, name: str, most: int | None = None) -> dict[str, Any] | None:

@@ -171,7 +171,7 @@ def test_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not a bundle.*no bundle\.json"):
         open_bundle(tmp_path)
     (tmp_path / FILE).write_text("{,")
-    with pytest.raises(CheckpointError, match=r"not a sound bundle\.json"):
+    with pytest.raises(CheckpointError, match=r"bundle\.json: not valid JSON"):
         open_bundle(tmp_path)
     (tmp_path / FILE).write_text('{"format": 1, "format": 2}')
     with pytest.raises(CheckpointError, match="twice"):

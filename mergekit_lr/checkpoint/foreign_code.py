@@ -1,0 +1,93 @@
+"""What in a model folder would make another library read elsewhere, fetch, or run code. Nothing here runs any.
+
+We never load code ourselves, but transformers is let loose on folders to evaluate them, and outputs are loaded by
+others. ``auto_map`` and ``custom_pipelines`` name Python classes, in the folder or in any repository. A name of a
+repository under ``attn_implementation`` makes transformers download compiled kernels and load them, without asking.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_lr.checkpoint.model import inside, read_json, read_weight_map
+from mergekit_lr.errors import CheckpointError
+
+CLASSES = ("auto_map", "custom_pipelines")
+"""Keys that name Python classes to import."""
+
+_KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_BUILT_IN = re.compile(r"[a-z][a-z0-9_]*")
+MAX_DEPTH = 64
+
+
+def references(content: Any, path: str = "") -> Iterator[str]:
+    """Where in a parsed JSON file code is named: ``auto_map``, ``text_config.attn_implementation``, ..."""
+    if path.count(".") > MAX_DEPTH:
+        return
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            here = f"{path}.{key}" if path else str(key)
+            if _names_code(str(key), value):
+                yield here
+            else:
+                yield from references(value, here)
+    elif isinstance(content, list):
+        for i, value in enumerate(content):
+            yield from references(value, f"{path}.{i}" if path else str(i))
+
+
+def without_code(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy of a parsed JSON file in which nothing names code, and where something did."""
+    found = list(references(content))
+    return (_cleaned(content) if found else content), found
+
+
+def _cleaned(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {k: _cleaned(v) for k, v in content.items() if not _names_code(str(k), v)}
+    return [_cleaned(v) for v in content] if isinstance(content, list) else content
+
+
+def _names_code(key: str, value: Any) -> bool:
+    if key in CLASSES:
+        return bool(value)
+    if not _KERNELS.fullmatch(key):
+        return False
+    named = value.values() if isinstance(value, Mapping) else [value]
+    return any(isinstance(v, str) and not _BUILT_IN.fullmatch(v) for v in named)
+
+
+def check_loadable(folder: Path) -> None:
+    """Refuse a folder that leads a loader of another library elsewhere: call it before ``from_pretrained``.
+
+    Raises:
+        CheckpointError: something in it is a link out of it, a pipe or a device; its index names a path; or its
+            config names kernels of a repository. (``auto_map`` alone is harmless where remote code is not trusted.)
+    """
+    for path in sorted(folder.iterdir()):
+        mode = inside(folder, path.name).stat().st_mode if path.exists() or path.is_symlink() else 0
+        if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise CheckpointError(
+                f"{path.name!r} is neither a file nor a folder", where=str(folder), fix="remove it from the folder"
+            )
+    for name, suffix in (("model.safetensors.index.json", "safetensors"), ("pytorch_model.bin.index.json", "bin")):
+        if (folder / name).exists():
+            read_weight_map(folder / name, suffix)
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    refuse_kernels(config, str(folder))
+
+
+def refuse_kernels(config: Any, where: str) -> None:
+    """Raise a CheckpointError if a config names kernels of a repository."""
+    named = [r for r in references(config) if r.rpartition(".")[2] not in CLASSES]
+    if named:
+        raise CheckpointError(
+            f"config.json names code of a repository under {named[0]!r}",
+            where=where,
+            why="transformers would download and load it",
+            fix="remove that entry from config.json",
+        )
