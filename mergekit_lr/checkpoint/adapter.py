@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,19 +186,7 @@ def plan_updates(base: Checkpoint, adapter: Checkpoint, config: AdapterConfig) -
     Raises:
         CheckpointError: a tensor of the adapter has no place in the base, or does not fit; all such at once.
     """
-    modules: dict[str, dict[str, str]] = {}
-    whole: dict[str, str] = {}
-    for name in adapter.tensors:
-        plain = name.removeprefix(_PREFIX)
-        parts = _PARTS.fullmatch(plain)
-        if parts is None:
-            plain = re.sub(r"\.modules_to_save(\.default)?\.", ".", plain)
-            whole[plain.replace(".base_layer.", ".")] = name
-            continue
-        role = parts["factor"] or parts["embedding"] or parts["magnitude"]
-        if parts["kind"] == "bias":
-            role += ".bias"
-        modules.setdefault(parts["module"], {})[role] = name
+    modules, whole = module_parts(adapter.tensors)
     problems: list[str] = []
     updates: dict[str, Update] = {}
     for plain, name in whole.items():
@@ -219,6 +208,27 @@ def plan_updates(base: Checkpoint, adapter: Checkpoint, config: AdapterConfig) -
         problems = [f"{adapter.reference}: {p}" for p in problems]
         raise join_problems(CheckpointError, problems)
     return updates
+
+
+def module_parts(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """An adapter's tensors by what they are: module -> role (``lora_A``, ``lora_B.bias``, ...) -> name.
+
+    And those that replace a tensor of the base whole: the base's name -> name.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    for name in names:
+        plain = name.removeprefix(_PREFIX)
+        parts = _PARTS.fullmatch(plain)
+        if parts is None:
+            plain = re.sub(r"\.modules_to_save(\.default)?\.", ".", plain)
+            whole[plain.replace(".base_layer.", ".")] = name
+            continue
+        role = parts["factor"] or parts["embedding"] or parts["magnitude"]
+        if parts["kind"] == "bias":
+            role += ".bias"
+        modules.setdefault(parts["module"], {})[role] = name
+    return modules, whole
 
 
 def _add_module(

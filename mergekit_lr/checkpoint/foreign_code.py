@@ -22,6 +22,9 @@ CLASSES = ("auto_map", "custom_pipelines")
 _KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _BUILT_IN = re.compile(r"[a-z][a-z0-9_]*")
 MAX_DEPTH = 64
+SMALL = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+MOST = 1 << 28
+"""Most bytes of a file with such a suffix: loaders read them whole."""
 
 
 def references(content: Any, path: str = "") -> Iterator[str]:
@@ -65,15 +68,20 @@ def check_loadable(folder: Path) -> None:
     """Refuse a folder that leads a loader of another library elsewhere: call it before ``from_pretrained``.
 
     Raises:
-        CheckpointError: something in it is a link out of it, a pipe or a device; its index names a path; or its
-            config names kernels of a repository. (``auto_map`` alone is harmless where remote code is not trusted.)
+        CheckpointError: something in it is a link out of it, a pipe or a device; a tokenizer is too large; its index
+            names a path; or its config names kernels of a repository. (``auto_map`` alone is harmless where remote
+            code is not trusted.)
     """
     for path in sorted(folder.iterdir()):
-        mode = inside(folder, path.name).stat().st_mode if path.exists() or path.is_symlink() else 0
-        if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        if not inside(folder, path.name).exists():  # a link to nothing
+            continue
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise CheckpointError(
-                f"{path.name!r} is neither a file nor a folder", where=str(folder), fix="remove it from the folder"
+                f"{path.name!r} is not a regular file", where=str(folder), fix="remove it from the folder"
             )
+        if path.suffix in SMALL and status.st_size > MOST:
+            raise CheckpointError(f"{path.name!r} is too large", where=str(folder), why=f"over {MOST} bytes")
     for name, suffix in (("model.safetensors.index.json", "safetensors"), ("pytorch_model.bin.index.json", "bin")):
         if (folder / name).exists():
             read_weight_map(folder / name, suffix)

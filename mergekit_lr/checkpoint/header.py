@@ -15,7 +15,6 @@ import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from json.decoder import scanstring
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ _LAST = 1 << 62
 MAX_ENTRY = 4096
 MAX_METADATA = 16 << 20
 """Characters of one tensor's entry, and of ``__metadata__``."""
-AT_ONCE = 4 << 20
+AT_ONCE = 1 << 20
 """Bytes of a header that is parsed in one go; a longer one entry by entry, which is slower and takes less."""
 
 
@@ -170,7 +169,7 @@ def _entries(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, Any]]:
     while True:
         if text[at : at + 1] != '"':
             raise ValueError(f"a name in quotes was expected at character {at}")
-        name, at = scanstring(text, at + 1, True)
+        name, at = decoder.raw_decode(text, at)
         at = _after_space(text, at)
         if text[at : at + 1] != ":":
             raise ValueError(f"a colon was expected at character {at}")

@@ -90,6 +90,7 @@ class BundleFindings:
     tensors: int = 0
     bytes: int = 0
     digests_checked: int = 0
+    holds_base: bool = False
 
 
 def check_bundle(folder: Path, *, weights: bool) -> BundleFindings:
@@ -111,7 +112,8 @@ def check_bundle(folder: Path, *, weights: bool) -> BundleFindings:
                 if known.get(name, digest) != digest:
                     problems.append(f"{name!r} is not as it was written: its digest is {digest}, not {known[name]}")
         nbytes = sum(info.nbytes for info, _ in tensors.values())
-        return BundleFindings(problems, len(bundle.manifest.files), len(tensors), nbytes, checked)
+        holds_base = not any(p.startswith(BASE) for e in bundle.manifest.entries for p in e.shared)
+        return BundleFindings(problems, len(bundle.manifest.files), len(tensors), nbytes, checked, holds_base)
 
 
 def _unsound(bundle: Bundle) -> list[str]:

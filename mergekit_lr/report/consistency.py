@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_lr.arch.layers import layer_of
-from mergekit_lr.arch.moe_families import EXPERT_KEYS
+from mergekit_lr.arch.moe_families import EXPERT_KEYS, SHARED_KEYS
 from mergekit_lr.arch.stack import architectures
 from mergekit_lr.arch.tied import EMBEDDINGS, HEADS
 from mergekit_lr.checkpoint.header import TensorInfo
@@ -22,6 +22,7 @@ Tensors = Mapping[str, TensorInfo]
 _GROUPS = "num_key_value_heads"
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _ROUTER = re.compile(r"\.(mlp|block_sparse_moe|feed_forward)\.(gate|router)\.weight$")
+_ROUTER_BIAS = (".e_score_correction_bias", ".gate.bias", ".router.bias")
 # Families whose q/k/v projections are (heads x head_dim) rows and whose gated MLP is (intermediate x hidden).
 PLAIN_FAMILIES = frozenset(
     {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"}
@@ -154,13 +155,32 @@ def _experts(config: Mapping[str, Any], tensors: Tensors) -> list[str]:
         for (stack, layer), n in sorted(counts.items())
         if n != claimed
     ]
+    problems += _shared_experts(text, tensors)
     for name, info in tensors.items():
+        bias = name.endswith(_ROUTER_BIAS) and layer_of(name) in counts
+        if bias and info.shape != (claimed,):
+            problems.append(f"config.json says {claimed} experts, but {name!r} is {list(info.shape)}")
         if _ROUTER.search(name) and len(info.shape) == 2 and layer_of(name) in counts and info.shape[0] != claimed:
             problems.append(f"config.json says {claimed} experts, but the router {name!r} has {info.shape[0]} rows")
     chosen = whole(text, "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")
     if chosen is not None and chosen > claimed:
         problems.append(f"config.json routes each token to {chosen} experts of {claimed}")
     return problems
+
+
+def _shared_experts(text: Mapping[str, Any], tensors: Tensors) -> Iterator[str]:
+    """Shared experts that are wider or narrower than the config says."""
+    width, number = whole(text, "moe_intermediate_size"), whole(text, *SHARED_KEYS)
+    many = f"{number} shared experts of width {width}"
+    expected = {
+        ".shared_expert.": (whole(text, "shared_expert_intermediate_size"), "a shared expert of that width"),
+        ".shared_experts.": (None if width is None or number is None else width * number, many),
+    }
+    for name, info in tensors.items():
+        for part, (rows, claim) in expected.items():
+            plain = part in name and name.endswith(("gate_proj.weight", "up_proj.weight")) and len(info.shape) == 2
+            if plain and rows is not None and info.shape[0] != rows:
+                yield f"config.json says {claim} ({rows} rows), but {name!r} has {info.shape[0]}"
 
 
 def _mapped_experts(mapping: Mapping[str, Any], rows: int, counts: Mapping[tuple[str, int], int]) -> Iterator[str]:

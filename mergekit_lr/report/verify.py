@@ -7,7 +7,7 @@ not finite and for digests; everything else is headers and JSON.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,20 @@ from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header
 from mergekit_lr.checkpoint.model import inside, read_config, read_json, read_weight_map
 from mergekit_lr.engine.digest import ALGORITHM
 from mergekit_lr.errors import CheckpointError, VerificationError
+from mergekit_lr.report.adapters import check_adapter, is_adapter
 from mergekit_lr.report.bundles import check_bundle, is_bundle
-from mergekit_lr.report.consistency import config_problems, layer_outliers, more, text_config
+from mergekit_lr.report.consistency import (
+    PLAIN_FAMILIES,
+    config_problems,
+    expert_count,
+    experts_by_layer,
+    layer_outliers,
+    layers_by_stack,
+    more,
+    text_config,
+)
 from mergekit_lr.report.scan import scan
+from mergekit_lr.report.verification import Verification
 
 INDEX = "model.safetensors.index.json"
 REPORT = "merge_report.json"
@@ -26,38 +37,8 @@ MAX_REPORT = 1 << 30
 MAX_LINES = 3
 
 
-@dataclass
-class Verification:
-    """``problems`` make the folder unfit or say that it is not what was written; ``warnings`` are worth a look."""
-
-    path: str
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    files: int = 0
-    tensors: int = 0
-    bytes: int = 0
-    scanned: bool = False
-    digests_checked: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {"ok": not self.problems, **vars(self)}
-
-    def summary_lines(self) -> list[str]:
-        """For people: the verdict, then one problem or warning a line."""
-        done = f"{self.tensors:,} tensors in {self.files} files"
-        done += ", every value finite" if self.scanned and not self.problems else ""
-        done += f", {self.digests_checked:,} digests match" if self.digests_checked and not self.problems else ""
-        verdict = f"{len(self.problems)} problems" if self.problems else "sound"
-        return [
-            f"{self.path}: {verdict} ({done})",
-            *(f"problem: {p}" for p in self.problems),
-            *(f"warning: {w}" for w in self.warnings),
-        ]
-
-
 def verify(path: str | Path, *, weights: bool = True) -> Verification:
-    """Check a model folder, a bundle, or one safetensors file.
+    """Check a model folder, a PEFT adapter, a bundle, or one safetensors file; ours or not.
 
     ``weights=False`` leaves the weights unread: names, shapes, config and index only, as before a commit.
 
@@ -68,7 +49,10 @@ def verify(path: str | Path, *, weights: bool = True) -> Verification:
     result = Verification(str(path))
     if is_bundle(folder):
         return _verify_bundle(result, folder, weights)
+    if is_adapter(folder):
+        return _verify_adapter(result, folder, weights)
     if folder.is_file():
+        result.kind = "file"
         headers = _read_headers(result, folder.parent, [folder.name])
         mapped, report = None, None
     elif folder.is_dir():
@@ -82,15 +66,21 @@ def verify(path: str | Path, *, weights: bool = True) -> Verification:
     result.bytes = sum(info.nbytes for info, _ in tensors.values())
     infos = {name: info for name, (info, _) in tensors.items()}
     result.warnings += layer_outliers(infos)
+    result.looked("headers")
+    result.looked("index against files", "" if mapped is not None else "there is no index")
+    result.looked("layers against each other", "" if layers_by_stack(infos) else "no name has a layer in it")
     config = None
     if folder.is_dir():
-        _check_folder(result, folder, headers, infos)
+        _check_folder(result, folder, headers)
         config = _config(result, folder)
         if config is not None:
             result.problems += config_problems(config, infos)
             _check_tokenizer(result, folder, config, infos)
             _check_token_ids(result, folder, config)
+        _tell_of_config(result, folder, config, infos)
     claimed = _check_report(result, report, infos)
+    result.looked("digests", "" if claimed else f"there is no {REPORT} with any")
+    result.looked("values that are not finite", "" if weights else "weights were not read")
     if weights:
         root = folder if folder.is_dir() else folder.parent
         _check_weights(result, root, tensors, claimed, config)
@@ -99,10 +89,51 @@ def verify(path: str | Path, *, weights: bool = True) -> Verification:
 
 def _verify_bundle(result: Verification, folder: Path, weights: bool) -> Verification:
     found = check_bundle(folder, weights=weights)
+    result.kind = "bundle"
     result.problems += found.problems
     result.files, result.tensors, result.bytes = found.files, found.tensors, found.bytes
     result.scanned, result.digests_checked = weights, found.digests_checked
+    result.checked += ["bundle.json", "headers against their digests", "parts and codes of every task"]
+    result.looked("values that are not finite", "" if weights else "weights were not read")
+    result.looked("digests", "" if found.digests_checked else "weights were not read, or there are none of this kind")
+    result.looked("the base model", "" if found.holds_base else "the bundle does not hold it")
     return result
+
+
+def _verify_adapter(result: Verification, folder: Path, weights: bool) -> Verification:
+    result.kind = "adapter"
+    found = check_adapter(folder)
+    result.problems += found.problems
+    result.files, result.tensors = 1, len(found.tensors)
+    result.bytes = sum(info.nbytes for info, _ in found.tensors.values())
+    _check_folder(result, folder, {file for _, file in found.tensors.values()})
+    result.checked += ["adapter_config.json", "header", "pairs of A and B, their ranks and magnitudes"]
+    result.looked("places and shapes in the base model", "it is not known here: merge BASE+ADAPTER to find out")
+    claimed = _check_report(
+        result, _json(result, folder, REPORT, MAX_REPORT), {n: i for n, (i, _) in found.tensors.items()}
+    )
+    result.looked("digests", "" if claimed else f"there is no {REPORT} with any")
+    result.looked("values that are not finite", "" if weights else "weights were not read")
+    if weights and found.tensors:
+        _check_weights(result, folder, found.tensors, claimed, None)
+    return result
+
+
+def _tell_of_config(
+    result: Verification, folder: Path, config: dict[str, Any] | None, infos: dict[str, TensorInfo]
+) -> None:
+    """What of the comparisons with config.json and the tokenizer could be made."""
+    no_config = "" if config is not None else "there is no config.json"
+    text = text_config(config or {})
+    result.looked("sizes, layers and the head against config.json", no_config)
+    family = text.get("model_type")
+    plain = no_config or ("" if family in PLAIN_FAMILIES else f"the layout of {str(family)[:40]!r} is not known")
+    result.looked("attention and MLP against config.json", plain)
+    if experts_by_layer(infos) or expert_count(config or {}) is not None:
+        uncounted = no_config or ("" if expert_count(config or {}) is not None else "config.json counts none")
+        result.looked("experts, routers and shared experts against config.json", uncounted)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    result.looked("tokens against embeddings", no_config or ("" if has_tokenizer else "there is no tokenizer.json"))
 
 
 def check_output(folder: Path) -> None:
@@ -180,7 +211,7 @@ def _placement(
     return tensors
 
 
-def _check_folder(result: Verification, folder: Path, headers: dict[str, Header], infos: dict[str, TensorInfo]) -> None:
+def _check_folder(result: Verification, folder: Path, headers: Collection[str]) -> None:
     index = _json(Verification(""), folder, INDEX)
     total = (index or {}).get("metadata", {})
     total = total.get("total_size") if isinstance(total, dict) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergekit_lr.checkpoint.foreign_code import check_loadable
 from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
 from mergekit_lr.errors import CheckpointError
 
@@ -104,7 +105,8 @@ def _from_document(content: Any, path: Path, named: Mapping[str, str]) -> Vocabu
         entries = {_text(t["content"]): dict(t) for t in added}
         ids |= {token: _number(entry["id"]) for token, entry in entries.items()}
     except (TypeError, ValueError, KeyError, IndexError) as e:
-        raise CheckpointError("is no sound tokenizer.json", where=str(path), why=str(e), fix="download it again") from e
+        why = f"{type(e).__name__}: {str(e)[:200]}"
+        raise CheckpointError("is no sound tokenizer.json", where=str(path), why=why, fix="download it again") from e
     if not ids:
         raise CheckpointError("the tokenizer has no tokens", where=str(path), fix="download it again")
     _refuse_shared_ids(ids, path)
@@ -153,6 +155,7 @@ def _through_transformers(folder: Path) -> Vocabulary:
     """A tokenizer in another format: transformers converts it, and gives a tokenizer.json wherever it can."""
     import json
 
+    check_loadable(folder)
     try:
         from transformers import AutoTokenizer
 

@@ -149,9 +149,11 @@ def memory(room: Path) -> str:
         path = room / "m.safetensors"
         path.write_bytes(header({}, raw=make(500_000)))
         line, times, seconds = cost(path)
-        assert times <= 12 and seconds < 10, f"{name}: {times:.1f} times the header, {seconds:.1f} s ({line})"
+        # Metadata are parsed at once, and 16 MB of them are all that is read.
+        most = 12 if name != "metadata" else 24
+        assert times <= most and seconds < 10, f"{name}: {times:.1f} times the header, {seconds:.1f} s ({line})"
         worst, slowest = max(worst, times), max(slowest, seconds)
-    return f"{len(COSTLY)} kinds: no more than 12 times the header's bytes, and no more than 10 s"
+    return f"{len(COSTLY)} kinds: no more than 12 times the header's bytes (metadata 24), and no more than 10 s"
 
 
 @attack(5)

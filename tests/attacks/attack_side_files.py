@@ -190,12 +190,12 @@ def huge_file(room: Path) -> str:
 def pipes(room: Path) -> str:
     """named pipes in place of files: reading one waits for ever"""
     lines = []
-    for name in ("tokenizer.model", "README.md", "chat_template.jinja", "merges.txt", "generation_config.json"):
+    for name in ("tokenizer.model", "README.md", "chat_template.jinja", "tokenizer.json", "generation_config.json"):
         folder = model(room / name)
         os.mkfifo(folder / name)
         report = merged(folder, out=room / f"out-{name}")
         lines += [w for w in report["warnings"] if name in w]
-    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors.index.json", "model.safetensors"):
         folder = model(room / name)
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)

@@ -16,10 +16,11 @@ from mergekit_lr.bundle.manifest import read_manifest
 from mergekit_lr.checkpoint.adapter import plan_updates, read_config
 from mergekit_lr.checkpoint.foreign_code import check_loadable, without_code
 from mergekit_lr.checkpoint.model import open_folder, read_weight_map
-from mergekit_lr.engine.side_files import carried_over, check_vocabularies, merged_config
+from mergekit_lr.engine.side_files import carried_over, merged_config
 from mergekit_lr.errors import MergekitLrError
 from mergekit_lr.report.inspect import describe
 from mergekit_lr.report.verify import verify
+from mergekit_lr.tokenizer.compare import check_vocabularies
 
 from .generators import json_bytes
 

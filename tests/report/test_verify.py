@@ -19,7 +19,8 @@ from mergekit_lr.engine.digest import ALGORITHM, CHUNK
 from mergekit_lr.errors import CheckpointError, VerificationError
 from mergekit_lr.lazy import torch
 from mergekit_lr.report import scan as scan_module
-from mergekit_lr.report.verify import Verification, check_output, verify
+from mergekit_lr.report.verification import Verification
+from mergekit_lr.report.verify import check_output, verify
 
 from .conftest import FAMILIES, edit_config
 
@@ -74,9 +75,8 @@ def test_sound_models_have_no_problem(family: str, built: Path) -> None:
     assert (result.problems, result.warnings) == ([], [])
     assert result.scanned and result.tensors > 5 and result.bytes > 10_000
     assert result.to_dict()["ok"] is True
-    assert result.summary_lines() == [
-        f"{built / family}: sound ({result.tensors} tensors in 1 files, every value finite)"
-    ]
+    first = f"{built / family}: sound ({result.tensors} tensors in 1 files, every value finite)"
+    assert result.summary_lines()[0] == first
 
 
 LIES: list[tuple[str, str, Any]] = [
