@@ -175,7 +175,9 @@ def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
             raise CheckpointError("not a regular file", where=str(path), fix="copy the file into the folder")
         if status.st_size > most:
             why = f"over {most} bytes"
-            raise CheckpointError("the file is too large to be read", where=str(path), why=why)
+            raise CheckpointError(
+                "the file is too large to be read", where=str(path), why=why, fix="is it the right one?"
+            )
         text = path.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=unique_keys)
         if _SURROGATE.search(text):  # half of a pair is no text, and could be written to no file
@@ -218,7 +220,10 @@ def read_plain(folder: Path, name: str, *, most: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError("not a regular file", where=str(path), fix="copy the file into the folder")
         if status.st_size > most:
-            raise CheckpointError("the file is too large to be read", where=str(path), why=f"over {most} bytes")
+            why = f"over {most} bytes"
+            raise CheckpointError(
+                "the file is too large to be read", where=str(path), why=why, fix="is it the right one?"
+            )
         with path.open("rb") as f:
             return f.read(most)
     except OSError as e:

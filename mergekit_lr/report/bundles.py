@@ -110,7 +110,10 @@ def check_bundle(folder: Path, *, weights: bool) -> BundleFindings:
             for name, digest in found.items():
                 checked += name in known
                 if known.get(name, digest) != digest:
-                    problems.append(f"{name!r} is not as it was written: its digest is {digest}, not {known[name]}")
+                    problems.append(
+                        f"{name!r} is not as it was written: its digest is {digest}, not {known[name]}; "
+                        "pack or copy it again"
+                    )
         nbytes = sum(info.nbytes for info, _ in tensors.values())
         holds_base = not any(p.startswith(BASE) for e in bundle.manifest.entries for p in e.shared)
         return BundleFindings(problems, len(bundle.manifest.files), len(tensors), nbytes, checked, holds_base)

@@ -230,7 +230,9 @@ def _check_folder(result: Verification, folder: Path, headers: Collection[str]) 
             if not os.access(path, os.R_OK):
                 result.problems.append(f"{name} cannot be read by this user")
             elif not mode & 0o044:
-                result.warnings.append(f"{name} is readable by its owner only (mode {mode & 0o777:04o})")
+                result.warnings.append(
+                    f"{name} is readable by its owner only (mode {mode & 0o777:04o}); chmod a+r lets others load it"
+                )
 
 
 def _check_tokenizer(result: Verification, folder: Path, config: dict[str, Any], infos: dict[str, TensorInfo]) -> None:
@@ -319,7 +321,8 @@ def _check_weights(
             result.digests_checked += 1
             if digests[name] != digest:
                 result.problems.append(
-                    f"{name!r} is not as it was written: its digest is {digests[name]}, not {digest}"
+                    f"{name!r} is not as it was written: its digest is {digests[name]}, not {digest}; "
+                    "write or copy it again"
                 )
     # A head beside embeddings that the config ties it to: some loaders read it, others drop it.
     if config is not None and text_config(config).get("tie_word_embeddings") is True:

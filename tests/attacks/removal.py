@@ -154,8 +154,6 @@ def copy_without(removal: Removal, target: Path) -> None:
     """A copy of the package at ``target`` in which one protection is missing."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "mergekit_lr", target / "mergekit_lr", ignore=ignored)
-    for name in ("methods", "configs"):
-        shutil.copytree(ROOT / name, target / "mergekit_lr" / name, ignore=ignored)
     path = target / removal.file
     text = path.read_text(encoding="utf-8")
     assert text.count(removal.old) == 1, (
