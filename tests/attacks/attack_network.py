@@ -19,7 +19,9 @@ def hook(event, arguments):
     if event.startswith("socket.") and event != "socket.gethostname":
         reached.append((event, str(arguments[-1:])))
 sys.addaudithook(hook)
+from mergekit_lr.checkpoint import retry
 from mergekit_lr.cli import main
+retry.FIRST_PAUSE = 0.01
 for arguments in json.loads(sys.argv[1]):
     sys.argv[1:] = arguments
     try:
@@ -77,7 +79,7 @@ def offline(room: Path) -> str:
 def unreachable(room: Path) -> str:
     """the Hub cannot be reached: the error and the traceback do not show the token"""
     codes, text = run(room, ["inspect", "evil/model"], HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DOWNLOAD_TIMEOUT="1")
-    assert codes == [4] and TOKEN not in text, text
+    assert codes == [5] and TOKEN not in text, text
     return next(line for line in text.splitlines() if line.startswith("error:"))
 
 

@@ -106,10 +106,9 @@ REMOVALS = [
         "tests/attacks/test_attacks.py -k side_files.kernels",
     ),
     Removal(
-        23, "files beside the weights are small", "mergekit_lr/checkpoint/model.py",
-        "        if status.st_size > most:\n            raise CheckpointError(",
-        "        if False:\n            raise CheckpointError(",
-        "tests/attacks/test_attacks.py -k side_files.huge_file",
+        23, "only files of a list are carried over", "mergekit_lr/engine/side_files.py",
+        "for name in names if folder is not None else ():", "for name in sorted(p.name for p in folder.iterdir()):",
+        "tests/attacks/test_attacks.py -k side_files.uninvited_files",
     ),
     Removal(
         24, "sizes in the config are compared with shapes", "mergekit_lr/report/consistency.py",
