@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.errors import RecipeError
-from mergekit_lr.recipe.problems import Mark, Problems, nearest, shown
+from mergekit_lr.recipe.problems import Problems, nearest, shown
+from mergekit_lr.recipe.references import read_reference
 from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar
 
 SECTION_KEYS = ("source", "tokens", "pad_to_multiple_of")
@@ -88,22 +88,15 @@ class TokenReader:
         return self._full(full.value) if full else None
 
     def _source(self, node: Node, path: str) -> ModelReference | Literal["union", "base"] | None:
+        if isinstance(node, Mapping):
+            return read_reference(node, path, self.problems)
         if isinstance(node, Scalar) and isinstance(node.value, str) and node.value:
             if node.value == "union" or node.value == "base":
                 return "union" if node.value == "union" else "base"
-            return self._reference(node.value, node.mark, path)
+            same = (r for r in self.known if str(r) == node.value)
+            return next(same, None) or read_reference(node, path, self.problems)
         self.problems.add(node.mark, path, "must be `union`, `base` or a model", "write one of them")
         return None
-
-    def _reference(self, text: str, mark: Mark | None, path: str) -> ModelReference | None:
-        for reference in self.known:
-            if str(reference) == text:
-                return reference
-        try:
-            return ModelReference.parse(text)
-        except RecipeError as e:
-            self.problems.add(mark, path, e.what, e.fix)
-            return None
 
     def _full(self, node: Node) -> TokenizerSection | None:
         if not isinstance(node, Mapping):
@@ -170,6 +163,8 @@ class TokenReader:
         if not isinstance(node, Mapping):
             self.problems.add(node.mark, path, "must be a model or a mapping", EXAMPLE)
             return None
+        if "kind" not in node.entries and ("path" in node.entries or isinstance(_value(node, "model"), Mapping)):
+            return self._model(read_reference(node, path, self.problems), node, path)
         self._unknown(node, path, SOURCE_KEYS)
         values = {k: e.value for k, e in node.entries.items() if not _is_null(e.value)}
         kind = values.get("kind")
@@ -186,8 +181,12 @@ class TokenReader:
 
     def _model_token(self, node: Mapping, values: dict[str, Node], path: str) -> TokenSource | None:
         model = values.get("model")
-        reference = self._listed(model, f"{path}.model") if isinstance(model, Scalar) else None
-        if model is None:
+        reference = None
+        if isinstance(model, Scalar):
+            reference = self._listed(model, f"{path}.model")
+        elif model is not None:
+            reference = self._known(read_reference(model, f"{path}.model", self.problems), model, f"{path}.model")
+        else:
             self.problems.add(node.mark, path, "model is missing", EXAMPLE)
         given = [k for k in ("token", "token_id") if k in values]
         if len(given) != 1:
@@ -205,6 +204,17 @@ class TokenReader:
         if isinstance(content, int):
             return TokenSource("model_token", reference, token_id=content)
         return TokenSource("model_token", reference, token=str(content))
+
+    def _model(self, reference: ModelReference | None, node: Node, path: str) -> TokenSource | None:
+        known = self._known(reference, node, path)
+        return TokenSource("model", known) if known else None
+
+    def _known(self, reference: ModelReference | None, node: Node, path: str) -> ModelReference | None:
+        if reference is None or reference in self.known:
+            return reference
+        what = f"{shown(str(reference))} is no model of this recipe"
+        self.problems.add(node.mark, path, what, "write a model exactly as the recipe names it")
+        return None
 
     def _listed(self, node: Scalar, path: str) -> ModelReference | None:
         for reference in self.known:
@@ -227,6 +237,11 @@ class TokenReader:
 
 
 KEYS = ("tokenizer_source", "tokenizer")
+
+
+def _value(node: Mapping, key: str) -> Node | None:
+    entry = node.entries.get(key)
+    return entry.value if entry else None
 
 
 def _is_null(node: Node) -> bool:

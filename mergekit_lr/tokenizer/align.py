@@ -137,6 +137,7 @@ def _members(
         vocabulary = read_vocabulary(checkpoint)
         if vocabulary is None:
             vocabulary = _assumed(name, rows, members, warnings)
+        warnings += [f"{name}: {w}" for w in vocabulary.warnings if vocabulary not in [m.vocabulary for m in members]]
         members.append(Member(name, vocabulary, rows))
     return members
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Vocabulary:
     added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     document: Mapping[str, Any] | None = field(default=None, repr=False)
     named: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def end(self) -> int:
@@ -86,7 +87,8 @@ def read_folder(folder: Path) -> Vocabulary | None:
     """As `read_vocabulary`, of a folder."""
     if (folder / "tokenizer.json").is_file():
         path = inside(folder, "tokenizer.json")
-        return _from_document(read_json(path, most=MOST), path, _named(folder))
+        found = _from_document(read_json(path, most=MOST), path, _named(folder))
+        return replace(found, warnings=_contradictions(folder, found))
     if any((folder / name).is_file() for name in SLOW_FILES):
         return _through_transformers(folder)
     return None
@@ -149,6 +151,22 @@ def _named(folder: Path) -> dict[str, str]:
             if isinstance(value, str):
                 found[key] = value
     return found
+
+
+def _contradictions(folder: Path, found: Vocabulary) -> tuple[str, ...]:
+    """Ids that tokenizer_config.json gives to tokens which have another in tokenizer.json: loaders disagree here."""
+    path = folder / "tokenizer_config.json"
+    content = read_json(inside(folder, path.name)) if path.is_file() else {}
+    listed = content.get("added_tokens_decoder") if isinstance(content, dict) else None
+    wrong = []
+    for number, entry in (listed if isinstance(listed, dict) else {}).items():
+        token = entry.get("content") if isinstance(entry, dict) else None
+        if isinstance(token, str) and str(found.ids.get(token, number)) != number:
+            wrong.append(f"{token!r} ({number}, not {found.ids[token]})")
+    if not wrong:
+        return ()
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return (f"tokenizer_config.json gives other ids than tokenizer.json, which counts: {', '.join(wrong[:3])}{more}",)
 
 
 def _through_transformers(folder: Path) -> Vocabulary:

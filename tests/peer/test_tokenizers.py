@@ -58,7 +58,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rules": {
         "models": weighted("base", "code"),
         "tokenizer": {
-            "source": "base",
+            "source": "union",  # with `base` mergekit fails where it must add a token
             "tokens": {
                 "<|pad|>": {"source": "./code"},
                 "<|new|>": {"source": {**TOKEN, "token": "Ġself"}},
