@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mergekit_lr.engine.run import MergeResult as MergeResult
     from mergekit_lr.engine.run import merge as merge
     from mergekit_lr.evaluation import evaluate as evaluate
+    from mergekit_lr.experts.api import moe as moe
     from mergekit_lr.fitting import fit_scales as fit_scales
     from mergekit_lr.lowrank.extract import extract_lora as extract_lora
     from mergekit_lr.matching.barrier import barrier as barrier
@@ -42,6 +43,7 @@ _HOMES = {
     "verify": "mergekit_lr.report.verify",
     "calibrate": "mergekit_lr.calibration.calibrate",
     "evaluate": "mergekit_lr.evaluation",
+    "moe": "mergekit_lr.experts.api",
     "extract_lora": "mergekit_lr.lowrank.extract",
     "barrier": "mergekit_lr.matching.barrier",
     "fit_scales": "mergekit_lr.fitting",

@@ -48,6 +48,7 @@ class Base(StrEnum):
     REQUIRED = "required"  # the reference that deltas are taken from; not itself an input
     OPTIONAL = "optional"  # a reference when given: the method then works on deltas
     OPERAND = "operand"  # the first of the inputs
+    FRAME = "frame"  # gives everything that the models do not; not an input unless it is listed too
     UNUSED = "unused"  # no reference: one input among others, whose config and tokenizer the output gets
 
 

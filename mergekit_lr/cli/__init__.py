@@ -4,7 +4,7 @@ Nothing heavy is imported before a command needs it: ``--help`` and ``check`` ne
 registers its commands with `app` when it is imported; their order below is the order in which ``--help`` lists them.
 """
 
-from mergekit_lr.cli import merging, looking, adapters, transplanting, measuring, curvature  # noqa: I001 (the order of the commands)
+from mergekit_lr.cli import merging, building, looking, adapters, transplanting, measuring, curvature  # noqa: I001 (the order of the commands)
 from mergekit_lr.cli.app import app, main
 
-__all__ = ["adapters", "app", "curvature", "looking", "main", "measuring", "merging", "transplanting"]
+__all__ = ["adapters", "app", "building", "curvature", "looking", "main", "measuring", "merging", "transplanting"]

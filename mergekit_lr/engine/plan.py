@@ -388,7 +388,7 @@ def _small_files(
     if whole:
         warnings += _contradictions(config, graph, merged[0].reference)
     if isinstance(recipe.method, Method):
-        warnings += recipe.method.remarks([o.call for o in graph.operations])
+        warnings += recipe.method.remarks([o.call for o in graph.operations if o.method == recipe.method.name])
     for checkpoint in (*merged, *(inputs[f] for f in graph.companions)):
         warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
     lost = [d for d in graph.dropped if d[2] not in LEFT_OUT] if outline is None else []

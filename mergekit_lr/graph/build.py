@@ -16,8 +16,9 @@ from mergekit_lr.graph.misfits import missing_part, nearest_in, parts_of
 from mergekit_lr.graph.nodes import Artifact, MergeGraph, Operation, Sink, Source
 from mergekit_lr.graph.places import Place, Places, find_places, left_out, why_absent
 from mergekit_lr.graph.spaces import as_input, as_weight
-from mergekit_lr.method import Base, Call, Method
+from mergekit_lr.method import Base, Call, Method, Space
 from mergekit_lr.recipe import Recipe
+from mergekit_lr.registry import get_method
 
 MAX_PROBLEMS = 50
 SEARCHED = 3
@@ -116,9 +117,7 @@ class _Builder:
             own = Source(self.number[model], tensor)
             return Sink(place.name, info.dtype, info.shape, own, f"copied: {info.dtype} is not averaged")
         if place.group is None:
-            own = Source(self.number[model], tensor)
-            dtype = RECIPE_DTYPES[self.out_dtype] if self.out_dtype else info.dtype
-            return Sink(place.name, dtype, info.shape, own, UNCOVERED)
+            return self.uncovered(place.name, model, info)
         group, method = place.group, self.method
         moved = place.stack is not None
         names = tuple([place.name_in(e) for e in group.inputs]) if moved else (place.name,) * len(group.inputs)
@@ -161,6 +160,16 @@ class _Builder:
         rule = "merged" if beside.rule is None else f"merged: without companions (missing: {beside.rule})"
         return Sink(place.name, dtype, info.shape, as_weight(operation, base), rule)
 
+    def uncovered(self, name: str, model: str, info: TensorInfo) -> Sink:
+        """A tensor of the reference that no module speaks of, in the dtype of the output."""
+        own = Source(self.number[model], info.name)
+        dtype = RECIPE_DTYPES[self.out_dtype] if self.out_dtype else info.dtype
+        if dtype == info.dtype:
+            return Sink(name, dtype, info.shape, own, UNCOVERED)
+        as_is = get_method("passthrough")
+        call = Call(name, info.shape, as_is.Merge(), (as_is.PerModel(),), has_base=False, keys=(model,))
+        return Sink(name, dtype, info.shape, Operation(as_is.name, call, (own,), None, Space.WEIGHT), UNCOVERED)
+
     def dropped(self, places: Places) -> Iterable[tuple[str, str, str]]:
         """Input tensors that nothing takes."""
         if places.chosen:
@@ -202,14 +211,14 @@ def with_artifact(method: Method, sinks: Sequence[Sink]) -> Sequence[Sink]:
 
     from mergekit_lr.graph.nodes import Restore, operation_of
 
-    operations = [o for o in (operation_of(s.value) for s in sinks) if o is not None]
+    operations = [o for o in (operation_of(s.value) for s in sinks) if o is not None and o.method == method.name]
     if method.model_statistics([o.call for o in operations]) is None:
         return sinks
     artifact = Artifact(method.name)
     out = []
     for sink in sinks:
         operation = operation_of(sink.value)
-        if operation is None:
+        if operation is None or operation.method != method.name:
             out.append(sink)
             continue
         waiting = replace(operation, artifact=artifact)

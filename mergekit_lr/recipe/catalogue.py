@@ -13,6 +13,7 @@ BASE_IN_WORDS = {
     Base.REQUIRED: "base_model is required: deltas are taken from it",
     Base.OPTIONAL: "base_model is optional: with it, the method works on deltas",
     Base.OPERAND: "base_model is required: it is the first of the inputs",
+    Base.FRAME: "base_model is required: it gives everything that the models do not",
     Base.UNUSED: "base_model is optional: it gives config and tokenizer, and is merged like the other models",
 }
 _RANGE = {

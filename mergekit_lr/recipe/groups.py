@@ -92,10 +92,10 @@ def ordered_inputs(method: Declared, listed: tuple[ModelEntry, ...], base: Model
     """``listed`` models, and the base where it takes part, in the order the method sees them.
 
     Without the base where it is only a reference (`Base.REQUIRED`, `Base.OPTIONAL`); with the base first where it
-    is an operand; as listed otherwise, a base that is not listed at the end, as in mergekit. Models are the same
-    if their references are.
+    is an operand; as listed where it is the frame; as listed otherwise too, a base that is not listed at the end, as
+    in mergekit. Models are the same if their references are.
     """
-    if base is None:
+    if base is None or method.base is Base.FRAME:
         return listed
     others = tuple(e for e in listed if e.reference != base.reference)
     if method.base is Base.OPERAND:

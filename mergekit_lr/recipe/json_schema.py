@@ -273,7 +273,7 @@ def _case(method: Declared) -> dict[str, Any]:
     if required:
         whole["properties"] = {"parameters": {"type": "object", "required": required}}
         whole["required"] = ["parameters"]
-    if method.base in (Base.REQUIRED, Base.OPERAND):
+    if method.base in (Base.REQUIRED, Base.OPERAND, Base.FRAME):
         whole.setdefault("properties", {})["base_model"] = {"type": "string"}
         whole["required"] = [*whole.get("required", []), "base_model"]
     if whole:

@@ -44,11 +44,23 @@ def load_recipe(source: RecipeSource, *, stage: str | None = None) -> Recipe:
     """
     if isinstance(source, Recipe):
         return source
+    return read_documents(*read_nodes(source), stage)
+
+
+Read = tuple[list[Document], Problems, str, Path | None]
+
+
+def read_nodes(source: str | os.PathLike[str] | AbstractMapping[str, Any]) -> Read:
+    """What a file, a text or a dict holds before it is looked at as a recipe: documents, problems, text, file.
+
+    Raises:
+        RecipeError: it cannot be read, is no YAML, or is empty.
+    """
     if isinstance(source, AbstractMapping):
-        return _from_mapping(source, stage)
+        return _from_mapping(source)
     if isinstance(source, str) and ("\n" in source or not source):
         problems = Problems("recipe")
-        return _from_text(source, problems, None, stage)
+        return _from_text(source, problems, None)
     if not isinstance(source, str | os.PathLike):
         raise RecipeError(
             f"a recipe cannot be made from {type(source).__name__}", fix="give a path, YAML text or a dict"
@@ -57,7 +69,7 @@ def load_recipe(source: RecipeSource, *, stage: str | None = None) -> Recipe:
     problems = Problems(str(path))
     text = decode(_read(path), problems)
     problems.raise_if_any()
-    return _from_text(text, problems, path, stage)
+    return _from_text(text, problems, path)
 
 
 def check(recipe: RecipeSource) -> Recipe:
@@ -76,21 +88,21 @@ def _read(path: Path) -> bytes:
         raise RecipeError("cannot read the recipe", where=str(path), why=why or str(e)) from None
 
 
-def _from_text(text: str, problems: Problems, path: Path | None, stage: str | None) -> Recipe:
+def _from_text(text: str, problems: Problems, path: Path | None) -> Read:
     documents = parse_documents(text, problems)
     if not documents:
         problems.raise_if_any()
         problems.fail(None, "", "the recipe is empty", "start with merge_method and models")
-    return read_documents(documents, problems, text, path, stage)
+    return documents, problems, text, path
 
 
-def _from_mapping(source: AbstractMapping[str, Any], stage: str | None) -> Recipe:
+def _from_mapping(source: AbstractMapping[str, Any]) -> Read:
     problems = Problems("recipe")
     budget = [MAX_NODES]
     root = _node(source, problems, "", MAX_DEPTH, budget)
     problems.raise_if_any()
     text = yaml.safe_dump(_plain(root), sort_keys=False, allow_unicode=True)
-    return read_documents([Document(root, 1)], problems, text, None, stage)
+    return [Document(root, 1)], problems, text, None
 
 
 def _node(value: Any, problems: Problems, path: str, depth: int, budget: list[int]) -> Node:

@@ -59,7 +59,7 @@ class WholeCheck:
         return entry is None or (isinstance(entry.value, Scalar) and entry.value.value is None)
 
     def _base(self, base: ModelReference | None) -> None:
-        if base is not None or self.method.base not in (Base.REQUIRED, Base.OPERAND):
+        if base is not None or self.method.base not in (Base.REQUIRED, Base.OPERAND, Base.FRAME):
             return
         entry = self.entries.get("base_model")
         fix = "add `base_model: PATH_OR_HUB_ID`"

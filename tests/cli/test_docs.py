@@ -22,7 +22,7 @@ from mergekit_lr.registry import builtin_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
 COMMANDS = [
-    *("", "merge", "recover", "plan", "check", "verify", "inspect", "methods", "schema", "eval", "extract-lora"),
+    *("", "merge", "recover", "plan", "check", "moe", "verify", "inspect", "methods", "schema", "eval", "extract-lora"),
     "transplant",
     *("calibrate", "barrier", "curvature", "curvature-report", "fit-scales"),
 ]

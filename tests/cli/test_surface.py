@@ -20,6 +20,10 @@ SURFACE = {
         *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),
         *("--resume/--restart", "--overwrite", "--json", "--quiet -q"),
     ],
+    "moe": [
+        *("CONFIG", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
+        *("--overwrite", "--allow-pickle", "--json", "--quiet -q"),
+    ],
     "plan": [
         *("RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--bandwidth"),
         *("--graph", "--offline", "--json"),

@@ -97,6 +97,21 @@ def test_what_no_module_speaks_of_stays_as_the_base_has_it(models: Path) -> None
     }
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_what_is_copied_gets_the_dtype_of_the_output(models: Path, method: str) -> None:
+    """Also beside a method that looks at the whole model first, which must not look at what is only copied."""
+    more = {"threshold_scope": "model", "density": 0.5} if method == "ties" else {}
+    recipe = {
+        "merge_method": method,
+        "base_model": "./a",
+        "modules": {"text_decoder": {"models": [entry("b", 0.5)]}},
+        "parameters": more,
+        "dtype": "bfloat16",
+    }
+    assert run(recipe)["vision_tower/encoder.layers.0.w.weight"] == 106
+    assert {t.dtype for t in load_file("out/model.safetensors").values()} == {torch.bfloat16}
+
+
 def test_a_model_that_sees_merged_with_one_that_does_not(models: Path) -> None:
     """In the part that both have; names, towers and config stay those of the base."""
     recipe: dict[str, Any] = {

@@ -19,6 +19,7 @@ BASE = {
     Base.REQUIRED: "required",
     Base.OPTIONAL: "optional",
     Base.OPERAND: "first input",
+    Base.FRAME: "frame",
     Base.UNUSED: "not used",
 }
 
