@@ -98,6 +98,10 @@ def main_stack(names: Iterable[str], config: Mapping[str, Any] | None, reference
             raise _unclear(reference, f"it has several stacks: {found}")
         language = fitting
     [(prefix, layers)] = language.items()
+    after = language_config(config or {}).get("num_nextn_predict_layers")
+    if claimed is not None and type(after) is int and after > 0 and len(layers) == claimed + after:
+        plural = "s" * (after > 1)
+        raise _unclear(reference, f"it has {after} layer{plural} after those for tokens beyond the next one")
     return _checked(prefix, layers, listed, claimed, reference)
 
 
