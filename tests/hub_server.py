@@ -28,7 +28,7 @@ LARGE = (".safetensors", ".bin")
 
 @dataclass
 class Fault:
-    """Something that happens to the next ``times`` requests whose ``METHOD path`` the pattern finds.
+    """Something that happens to the next ``times`` requests whose ``METHOD path range`` the pattern finds.
 
     ``status``: the answer; ``cut``: bytes of the body after which the connection breaks; ``flip``: a byte of the body
     that arrives changed.
@@ -141,7 +141,7 @@ def handler(hub: Hub, storage: bool) -> type[http.server.BaseHTTPRequestHandler]
             with hub.lock:
                 hub.requests.append(Request(self.command, path, self.headers.get("Range"), authorised, storage))
             self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.fault = hub.fault(f"{self.command} {path}")
+            self.fault = hub.fault(f"{self.command} {path} {self.headers.get('Range') or ''}")
             if self.fault is not None and self.fault.status is not None:
                 return self.refuse(self.fault.status, "", self.fault.headers)
             parts = path.strip("/").split("/")

@@ -161,8 +161,8 @@ def _called(path: Path) -> RemoteFile | None:
     return RemoteFile(path.name, size, git=digest) if len(digest) == 40 else None
 
 
-def listing(place: Place, hint: str = "") -> Mapping[str, RemoteFile]:
-    """The files at the top level of a repository, by name, from one request."""
+def listing(place: Place, hint: str = "", *, nested: bool = False) -> Mapping[str, RemoteFile]:
+    """The files at the top level of a repository, by name, from one request; with ``nested`` those in folders too."""
     from huggingface_hub import HfApi
 
     info = patiently(
@@ -172,7 +172,7 @@ def listing(place: Place, hint: str = "") -> Mapping[str, RemoteFile]:
     )
     found = {}
     for f in info.siblings or []:
-        if "/" not in f.rfilename:
+        if nested or "/" not in f.rfilename:
             sha256 = f.lfs.sha256 if f.lfs is not None else None
             git = f.blob_id if f.lfs is None else None
             found[f.rfilename] = RemoteFile(f.rfilename, -1 if f.size is None else f.size, sha256, git)

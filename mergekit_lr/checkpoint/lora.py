@@ -74,6 +74,12 @@ class AdaptedCheckpoint(Checkpoint):
             out += self._vector(update.added)[start:stop].mul_(update.scale)
         return out
 
+    def reads(self, name: str) -> tuple[Path, ...]:
+        """The base's file and, where the update starts from another tensor, that one's."""
+        update = self.updates.get(name)
+        start = None if update is None else update.start
+        return (self.files[name],) if start is None else (self.files[name], *self.base.reads(start))
+
     def _start(self, update: Update, start: int, stop: int, out: Tensor) -> None:
         """What the update starts from, in fp32."""
         if update.replaced is not None:

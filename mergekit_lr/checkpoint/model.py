@@ -132,6 +132,10 @@ class Checkpoint:
         """The models that this one is a view of."""
         return ()
 
+    def reads(self, name: str) -> tuple[Path, ...]:
+        """Every file that reading a tensor may touch."""
+        return (self.files[name],)
+
     def changed(self) -> list[str]:
         """Input files that are not what they were when they were opened."""
         if self.beneath:

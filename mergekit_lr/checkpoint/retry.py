@@ -25,6 +25,7 @@ FIRST_PAUSE, LONGEST_PAUSE, MOST_PATIENCE = 1.0, 30.0, 300.0
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 OFFLINE = "HF_HUB_OFFLINE"
+GETTING = "get the model"
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def patiently(place: Place, call: Callable[[], T], *, hint: str = "", doing: str = "get the model") -> T:
+def patiently(place: Place, call: Callable[[], T], *, hint: str = "", doing: str = GETTING) -> T:
     """What ``call`` returns, tried again while what it raises may pass.
 
     Raises:
@@ -87,8 +88,8 @@ def patiently(place: Place, call: Callable[[], T], *, hint: str = "", doing: str
                 raise ResourceError(
                     f"cannot {doing}",
                     where=str(place),
-                    why=f"no such local path, and {_reason(e)}; {ATTEMPTS} attempts{hint}",
-                    fix="run the same command again later: what was fetched is kept",
+                    why=f"{_lead(doing)}{_reason(e)}; {ATTEMPTS} attempts{hint}",
+                    fix="run the same command again later: what is done is kept",
                 ) from e
         time.sleep(wait)
     raise AssertionError("unreachable")
@@ -142,6 +143,11 @@ def _until(date: str) -> float:
     return (when - datetime.now(when.tzinfo or UTC)).total_seconds()
 
 
+def _lead(doing: str) -> str:
+    """A name that may be a path is taken for a Hub id only because there is no such path."""
+    return "no such local path, and " if doing == GETTING else ""
+
+
 def _reason(error: BaseException) -> str:
     for e in _chain(error):
         status = _status(e)
@@ -157,7 +163,7 @@ def in_words(error: BaseException, place: Place, hint: str, doing: str) -> Merge
     from huggingface_hub import errors
 
     def failed(why: str, fix: str) -> CheckpointError:
-        return CheckpointError(f"cannot {doing}", where=str(place), why=f"no such local path, and {why}{hint}", fix=fix)
+        return CheckpointError(f"cannot {doing}", where=str(place), why=f"{_lead(doing)}{why}{hint}", fix=fix)
 
     chain = list(_chain(error))
     first = next((e for e in chain if isinstance(e, errors.HfHubHTTPError)), error)

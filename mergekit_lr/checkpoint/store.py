@@ -100,13 +100,11 @@ class ShardStore:
             if path not in self._there:
                 self._fetch(path, tell)
 
-    def fetch_ahead(self, wanted: Collection[Path], stop: threading.Event) -> None:
-        """Fetch of ``wanted`` what fits beside what is there, until told to stop. One call at a time."""
+    def fetch_ahead(self, wanted: Collection[Path], tell: Tell) -> None:
+        """Fetch of ``wanted`` what fits beside what is there. One call at a time; ``tell`` may raise to end it."""
         for path in sorted(wanted):
-            if stop.is_set():
-                return
             if path not in self._there and (self.room is None or self.used + self.size(path) <= self.room):
-                self._fetch(path, None)
+                self._fetch(path, tell)
 
     def _to_release(self, wanted: Collection[Path], later: Sequence[Collection[Path]]) -> list[Path]:
         keep = set(wanted)

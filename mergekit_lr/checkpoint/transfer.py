@@ -14,7 +14,6 @@ from mergekit_lr.checkpoint.remote import requested, whole_size
 from mergekit_lr.checkpoint.retry import Interrupted, patiently
 from mergekit_lr.errors import CheckpointError
 
-BLOCK = 1 << 20
 Tell = Callable[[int], None]
 
 
@@ -67,7 +66,7 @@ def _append(place: Place, file: RemoteFile, partial: Path, tell: Tell | None) ->
                     why=f"{whole_size(response)} and {file.size} bytes",
                     fix="try again later, or another revision",
                 )
-            for block in response.iter_bytes(BLOCK):
+            for block in response.iter_bytes():  # as it comes: what arrived before a break is kept
                 if have + len(block) > file.size:
                     raise Interrupted(f"the Hub sent more than the {file.size} bytes of {file.name}")
                 fs.pwrite(fd, memoryview(block), have, partial)

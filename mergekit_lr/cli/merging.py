@@ -52,6 +52,14 @@ def merge(
     verify_inputs: Annotated[
         bool, typer.Option("--verify-inputs", help="Compare downloads with the digests that the Hub states.")
     ] = False,
+    disk_budget: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Most disk for weights, such as 50GB: Hub shards come and go."),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Push the output to this repository on the Hub, private if it is new."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -78,21 +86,27 @@ def merge(
             part=part,
             offline=offline,
             verify_inputs=verify_inputs,
+            disk_budget=disk_budget,
+            push=push,
             progress=progress,
         )
     if not quiet:
         for line in result.report.get("warnings", []):
             if line not in loaded.warnings:
                 say(f"warning: {line}")
+    pushed = {} if result.pushed is None else {"pushed": result.pushed}
     if result.waiting_for:
         if as_json:
             print_json({"out": str(result.out), "part": part, "waiting_for": list(result.waiting_for)})
         elif not quiet:
             say(f"part {part} is done; not done yet: {', '.join(map(str, result.waiting_for))}")
     elif as_json:
-        print_json({"out": str(result.out), **result.report})
+        print_json({"out": str(result.out), **pushed, **result.report})
     else:
-        print(result.out)
+        if result.pushed is None or disk_budget is None:
+            print(result.out)
+        if result.pushed is not None:
+            print(result.pushed)
 
 
 @command

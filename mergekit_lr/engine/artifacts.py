@@ -19,8 +19,11 @@ from mergekit_lr.pieces import drive
 from mergekit_lr.registry import tensor_method
 
 
-def compute_artifacts(plan: Plan, job: Job) -> None:
-    """Model-wide statistics: every pass over every tensor that the method merges, in output order."""
+def compute_artifacts(plan: Plan, job: Job, *, fork: bool = True) -> None:
+    """Model-wide statistics: every pass over every tensor that the method merges, in output order.
+
+    Without ``fork`` threads do it, whatever the size: shards that are fetched when they are read need one process.
+    """
     for artifact in plan.graph.artifacts:
         method = tensor_method(artifact.method)
         operations = [o for o in plan.graph.operations if o.artifact == artifact]
@@ -38,7 +41,7 @@ def compute_artifacts(plan: Plan, job: Job) -> None:
 
             workers = min(plan.budget.threads, len(operations))
             # A sample reads next to nothing: not worth a fork.
-            forked = not wanted.sample and processes.worth_it(job, workers, nbytes)
+            forked = fork and not wanted.sample and processes.worth_it(job, workers, nbytes)
             run = processes.in_order if forked else _threads_in_order
             total = None
             for partial in run(job, len(operations), one, workers):

@@ -11,16 +11,24 @@ from typing import Any
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.push import REPORT, Repository, parse_target
 from mergekit_lr.checkpoint.retry import offline as offline_mode
+from mergekit_lr.checkpoint.store import ShardStore
 from mergekit_lr.engine.artifacts import compute_artifacts
+from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.manifest import make_report, small_files
 from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, Settings, planned
 from mergekit_lr.engine.portion import check_inputs_unchanged, drain, job_of, one_thread_each, read_back
 from mergekit_lr.engine.prepare import run_preparation
 from mergekit_lr.engine.progress import Progress
+from mergekit_lr.engine.streaming import Streaming
 from mergekit_lr.engine.workspace import Workspace
-from mergekit_lr.errors import VerificationError
+from mergekit_lr.errors import UsageError, VerificationError
 from mergekit_lr.recipe import Recipe
+from mergekit_lr.sizes import parse_size
+
+INPUTS = "inputs"
+"""Folder of the workspace for shards that were fetched."""
 
 STAGES = "stages"
 """Folder in the workspace that holds the stages which had to be written."""
@@ -31,11 +39,14 @@ class MergeResult:
     """``out``: the finished folder. ``report``: what ``merge_report.json`` in it says.
 
     ``waiting_for``: parts that are not done yet; ``out`` is not there then, and ``report`` is empty.
+    ``pushed``: repository and commit on the Hub, ``org/name@commit``, where the output was pushed. With a disk budget
+    the output is there only, and there is no folder ``out``.
     """
 
     out: Path
     report: dict[str, Any]
     waiting_for: tuple[int, ...] = ()
+    pushed: str | None = None
 
 
 def merge(
@@ -52,6 +63,8 @@ def merge(
     part: str | None = None,
     offline: bool = False,
     verify_inputs: bool = False,
+    disk_budget: str | int | None = None,
+    push: str | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Carry out a recipe and write the merged model to the folder ``out``.
@@ -71,6 +84,10 @@ def merge(
             anywhere, at any time and in any order; the one that finds all others done writes the output.
         offline: ask nothing of the Hub; use what is in its cache.
         verify_inputs: compare what was downloaded from the Hub with the digests that it states.
+        disk_budget: most bytes of weights on disk at once, such as ``"50GB"``: shards of Hub models are fetched when
+            they are needed and released when they are not; with ``push``, finished output files as well.
+        push: a Hub repository ``org/name`` that gets the output: files as they are finished, one commit at the end.
+            It is created private if there is none.
         progress: called from this thread a few times a second.
 
     Raises:
@@ -79,12 +96,16 @@ def merge(
     if part is not None:
         from mergekit_lr.engine.parts import merge_part
 
+        if disk_budget is not None or push is not None:
+            why = "parts share one folder of inputs and one of outputs"
+            raise UsageError("a part has no disk budget and cannot push", why=why, fix="leave out --part, or those two")
         settings = {"device": device, "max_memory": max_memory, "threads": threads, "shard_size": shard_size}
         settings |= {"allow_pickle": allow_pickle, "verify": verify_inputs}
         with offline_mode(offline):
             return merge_part(recipe, Path(out), part, settings, resume=resume, overwrite=overwrite, progress=progress)
     target = Path(out)
     space = Workspace(target)
+    streaming = _streaming(space, disk_budget, push, verify_inputs, offline)
 
     def prepare(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings) -> Path:
         space.reserve(resume=resume, overwrite=overwrite)
@@ -92,6 +113,12 @@ def merge(
             return run_preparation(recipe, inputs, settings, space, progress)
 
     def write(name: str, stage: Recipe) -> tuple[Path, str]:
+        if disk_budget is not None:
+            raise UsageError(
+                f"the stage {name!r} has to be written whole",
+                why="there is a disk budget, and its output is as large as a model",
+                fix="merge that stage by itself first, or leave out --disk-budget",
+            )
         if not space.held:
             space.reserve(resume=resume, overwrite=overwrite)
         return write_stage(space, name, stage, options, progress)
@@ -103,12 +130,34 @@ def merge(
         "shard_size": shard_size,
         "allow_pickle": allow_pickle,
         "verify": verify_inputs,
+        "store": None if disk_budget is None or streaming is None else streaming.store,
     }
     try:
         with offline_mode(offline), planned(recipe, **options, prepare=prepare, write=write) as plan:
-            return run(plan, target, resume=resume, overwrite=overwrite, progress=progress, space=space)
+            return run(
+                plan,
+                target,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+                space=space,
+                streaming=streaming,
+            )
     finally:
         space.release()
+
+
+def _streaming(
+    space: Workspace, disk_budget: str | int | None, push: str | None, verify: bool, offline: bool
+) -> Streaming | None:
+    """How inputs and output come and go, where they do."""
+    if disk_budget is None and push is None:
+        return None
+    if push is not None and offline:
+        raise UsageError("an output cannot be pushed offline", fix="leave out --offline or --push")
+    budget = None if disk_budget is None else parse_size(disk_budget)
+    target = None if push is None else Repository(parse_target(push))
+    return Streaming(ShardStore(space.root / INPUTS, budget, compare=verify), budget, target)
 
 
 def run(
@@ -119,33 +168,70 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
     space: Workspace | None = None,
+    streaming: Streaming | None = None,
 ) -> MergeResult:
     """Carry out a plan; see `merge`. ``space`` is held already where something was prepared in it."""
     began = time.monotonic()
     space = space or Workspace(out)
     space.fingerprint = plan.fingerprint()
+    target = None if streaming is None else streaming.target
     if resume and space.committed():
-        return MergeResult(out, json.loads((out / "merge_report.json").read_bytes()))
+        return _again(out, target)
     used = [place for c in plan.inputs.values() for place in c.places()]
     space.check_target(overwrite=overwrite, inputs=used)
     space.claim(resume=resume)
     try:
-        space.prepare(plan.layout)
+        published = target is not None and target.claim(overwrite=overwrite, fingerprint=space.digest)
+        if published and streaming is not None and not streaming.releases:
+            streaming.target = None
         job = job_of(plan, space.model, space.journal())
         try:
-            read_back(plan, job, plan.units)
-            with one_thread_each():
-                compute_artifacts(plan, job)
-                drain(plan, job, plan.units, progress)
+            if streaming is None:
+                space.prepare(plan.layout)
+                read_back(plan, job, plan.units)
+                with one_thread_each():
+                    compute_artifacts(plan, job)
+                    drain(plan, job, plan.units, progress)
+            elif not (published and streaming.releases):
+                streaming.begin(plan, space, job)
+                read_back(plan, job, streaming.on_disk(plan, job))
+                with one_thread_each():
+                    compute_artifacts(plan, job, fork=False)
+                    streaming.drain(plan, space, job, progress)
         finally:
             job.close()
         check_inputs_unchanged(plan)
+        if target is not None and streaming is not None and streaming.releases:
+            return _finish_on_hub(plan, space, job, streaming, target, began, published)
         check_shards(plan, space.model)
         report = make_report(plan, job, space.digest, time.monotonic() - began)
-        space.commit(small_files(plan, report), plan.layout, overwrite=overwrite)
+        small = small_files(plan, report)
+        commit = ""
+        if target is not None and streaming is not None:
+            commit = target.revision() if published else streaming.publish(plan, space.model, small)
+        space.commit(small, plan.layout, overwrite=overwrite)
     finally:
         space.release()
-    return MergeResult(out, report)
+    return MergeResult(out, report, pushed=None if target is None else f"{target.place.path}@{commit}")
+
+
+def _again(out: Path, target: Repository | None) -> MergeResult:
+    """The result of a run that was committed, and killed before it could say so."""
+    pushed = None if target is None else f"{target.place.path}@{target.revision()}"
+    return MergeResult(out, json.loads((out / REPORT).read_bytes()), pushed=pushed)
+
+
+def _finish_on_hub(
+    plan: Plan, space: Workspace, job: Job, streaming: Streaming, target: Repository, began: float, published: bool
+) -> MergeResult:
+    """Commit an output of which nothing stays here, and tidy up."""
+    if published:
+        report, commit = target.report(), target.revision()
+    else:
+        report = make_report(plan, job, space.digest, time.monotonic() - began)
+        commit = streaming.publish(plan, space.model, small_files(plan, report))
+    space.abandon()
+    return MergeResult(space.out, report, pushed=f"{target.place.path}@{commit}")
 
 
 def write_stage(

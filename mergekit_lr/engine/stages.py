@@ -122,6 +122,12 @@ class StagedCheckpoint(Checkpoint):
         own = max((worker_bytes(graph, s, piece, read) for s in graph.sinks), default=0)
         return own + held_for_stages(self.plan.inputs.values(), piece, read)
 
+    def reads(self, name: str) -> tuple[Path, ...]:
+        """Files of the stage's own inputs that the tensor is computed from."""
+        sources = self.plan.graph.sources(self._sinks[name])
+        inputs = [self.plan.inputs[file] for file in self.plan.graph.files]
+        return tuple(path for model, tensor in sources for path in inputs[model].reads(tensor))
+
     def file_position(self, name: str) -> tuple[str, int]:
         """The order in which the stage has its tensors."""
         return "", self._order[name]

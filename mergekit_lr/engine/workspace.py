@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,10 +147,11 @@ class Workspace:
                 fix="pass --restart to discard it, or choose another output",
             )
 
-    def prepare(self, layout: Layout) -> None:
-        """Reserve the shards and write their headers."""
-        self._check_space(layout)
-        for shard in layout.shards:
+    def prepare(self, layout: Layout, only: Collection[int] | None = None) -> None:
+        """Reserve the shards, or those whose numbers are in ``only``, and write their headers."""
+        if only is None:
+            self._check_space(layout)
+        for shard in layout.shards if only is None else [layout.shards[i] for i in sorted(only)]:
             path = self.model / shard.file
             fs.preallocate(path, shard.size)
             fd = fs.open_for_writing(path)
@@ -190,6 +192,10 @@ class Workspace:
         if overwrite and (self.out.exists() or self.out.is_symlink()):
             fs.rename(self.out, aside)
         fs.rename(self.model, self.out)
+        fs.remove_tree(self.root)
+
+    def abandon(self) -> None:
+        """Remove the workspace: all that it was for is elsewhere and durable."""
         fs.remove_tree(self.root)
 
     def _remove_strays(self, wanted: set[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,13 @@ class AlignedCheckpoint(Checkpoint):
                 tokens = max(1, int((~self.table.padding).sum()))
                 self._means[name] = (total / tokens).float()
             return self._means[name]
+
+    def reads(self, name: str) -> tuple[Path, ...]:
+        """Files of every model that rows of the tensor come from."""
+        move = self.moves.get(name)
+        if move is None:
+            return self.inner.reads(name)
+        return tuple(path for o in (move.own, *move.given) for path in o.checkpoint.reads(o.tensor))
 
     def file_position(self, name: str) -> tuple[str, int]:
         """Sort key that follows the bytes on disk."""

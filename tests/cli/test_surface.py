@@ -14,7 +14,8 @@ SURFACE = {
     "": ["--debug", "--version"],
     "merge": [
         *("RECIPE", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
-        *("--overwrite", "--allow-pickle", "--part", "--offline", "--verify-inputs", "--json", "--quiet -q"),
+        *("--overwrite", "--allow-pickle", "--stage", "--part", "--offline", "--verify-inputs", "--disk-budget"),
+        *("--push", "--json", "--quiet -q"),
     ],
     "recover": [
         *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),
@@ -25,10 +26,10 @@ SURFACE = {
         *("--overwrite", "--allow-pickle", "--json", "--quiet -q"),
     ],
     "plan": [
-        *("RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--bandwidth"),
-        *("--graph", "--offline", "--json"),
+        *("RECIPE", "--device", "--max-memory", "--threads", "--shard-size", "--allow-pickle", "--stage"),
+        *("--bandwidth", "--graph", "--offline", "--json"),
     ],
-    "check": ["RECIPE", "--json"],
+    "check": ["RECIPE", "--stage", "--json"],
     "verify": ["OUT", "--json"],
     "inspect": ["MODEL", "--allow-pickle", "--json"],
     "methods": ["NAME", "--json"],
@@ -86,10 +87,10 @@ FUNCTIONS = ["merge", "recover", "plan", "calibrate", "curvature", "extract-lora
 
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_the_function_of_a_command_takes_its_options(command: str) -> None:
-    """``--max-memory`` is ``max_memory=``; ``--json`` and ``--quiet`` are about printing."""
+    """``--max-memory`` is ``max_memory=``. ``--json``, ``--quiet`` are about printing, ``--stage`` is the recipe's."""
     function = getattr(mergekit_lr, command.replace("-", "_"))
     options = {n.split("/")[0].split()[0].lstrip("-").lower().replace("-", "_") for n in SURFACE[command]}
-    assert set(inspect.signature(function).parameters) - {"progress"} == options - {"json", "quiet", "file"}
+    assert set(inspect.signature(function).parameters) - {"progress"} == options - {"json", "quiet", "file", "stage"}
 
 
 def test_defaults_are_those_of_the_functions() -> None:

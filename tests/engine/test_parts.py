@@ -35,6 +35,7 @@ def act(out, part):
     run.merge({recipe!r}, out, device="cpu", threads=1, shard_size=25_000, part=part, overwrite={overwrite})
 """
 
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from safetensors.torch import save_file
