@@ -28,7 +28,7 @@ def in_model_folder(path: str) -> bool:
     if not place.is_absolute() or place.suffix not in (".py", ".pyc", ".so", ".pkl"):
         return False
     if place.is_relative_to(ROOT) and str(place.relative_to(ROOT)).startswith(OWN_CODE):
-        return "examples/zoo/build" in path and not _is_ours(path)
+        return "examples/zoo/build/" in path and not _is_ours(path)
     folder = place.parent
     found = any((folder / n).exists() for n in MODEL_FILES) or next(folder.glob("*.safetensors"), None)
     return bool(found) and not _is_ours(path)

@@ -45,7 +45,8 @@ def test_own_code_is_no_finding(watch_log: Path, tmp_path: Path) -> None:
     from ..watching import foreign_address, in_model_folder
 
     assert not in_model_folder(__file__) and not in_model_folder(str(ROOT / "mergekit_lr" / "errors.py"))
-    assert not in_model_folder("<string>")
+    assert not in_model_folder("<string>") and not in_model_folder(str(ROOT / "examples" / "zoo" / "build.py"))
+    assert in_model_folder(str(ROOT / "examples" / "models" / "base" / "modeling.py"))
     assert (
         not foreign_address(("127.0.0.1", 80))
         and not foreign_address("/run/socket")
