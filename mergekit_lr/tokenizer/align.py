@@ -13,6 +13,7 @@ from mergekit_lr.checkpoint.dtypes import AVERAGED, ITEM_BYTES
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.errors import CheckpointError, RecipeError
+from mergekit_lr.method import Method
 from mergekit_lr.recipe import Recipe
 from mergekit_lr.tokenizer.aligned import AlignedCheckpoint, Move, Origin
 from mergekit_lr.tokenizer.axes import vocabulary_rows, vocabulary_tensors
@@ -264,8 +265,8 @@ def refuse_where_unused(recipe: Recipe, tokens: Tokens | None, kind: str) -> Non
             why="the models' vocabularies differ from the output's",
             fix="bring them to one vocabulary first, each with a passthrough recipe that has this `tokenizer`",
         )
-    companion = getattr(recipe.method, "companion", None)
-    if companion is not None and not companion.gram:
+    companion = recipe.method.companion if isinstance(recipe.method, Method) else None
+    if companion is not None and companion.layout != "gram":
         raise RecipeError(
             f"tokenizer: {recipe.merge_method} reads {companion.parameter} whose rows would not follow the tokens",
             where=origin,
