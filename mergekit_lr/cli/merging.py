@@ -48,6 +48,12 @@ def merge(
         str | None,
         typer.Option(metavar="I/N", help="Do one of N parts, on storage that all share; the last one writes OUT."),
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use N worker processes of Ray, or at most N tasks of --ray.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Use a Ray cluster: auto, or HOST:PORT of its head.")
+    ] = None,
     offline: Offline = False,
     verify_inputs: Annotated[
         bool, typer.Option("--verify-inputs", help="Compare downloads with the digests that the Hub states.")
@@ -84,6 +90,8 @@ def merge(
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             part=part,
+            workers=workers,
+            ray=ray,
             offline=offline,
             verify_inputs=verify_inputs,
             disk_budget=disk_budget,

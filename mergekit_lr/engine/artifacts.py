@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 from mergekit_lr.engine import processes
 from mergekit_lr.engine.evaluate import Looks
@@ -18,37 +18,54 @@ from mergekit_lr.method import Pass
 from mergekit_lr.pieces import drive
 from mergekit_lr.registry import tensor_method
 
+Gather: TypeAlias = Callable[[int, Pass[Any, Any]], Iterator[Any]]
+"""Given an artifact's number and a pass: the pass's partial result of every operation, in output order."""
 
-def compute_artifacts(plan: Plan, job: Job, *, fork: bool = True) -> None:
+
+def compute_artifacts(plan: Plan, job: Job, gather: Gather | None = None, *, fork: bool = True) -> None:
     """Model-wide statistics: every pass over every tensor that the method merges, in output order.
 
-    Without ``fork`` threads do it, whatever the size: shards that are fetched when they are read need one process.
+    ``gather`` runs a pass elsewhere than with workers of this process. Without ``fork`` threads do it, whatever the
+    size: shards that are fetched when they are read need one process.
     """
-    for artifact in plan.graph.artifacts:
+    for number, artifact in enumerate(plan.graph.artifacts):
         method = tensor_method(artifact.method)
-        operations = [o for o in plan.graph.operations if o.artifact == artifact]
+        operations = operations_of(plan, number)
 
-        nbytes = sum(input_bytes(o, job) for o in operations)
-
-        def look(
-            wanted: Pass[Any, Any], operations: Any = operations, method: Any = method, nbytes: int = nbytes
-        ) -> Any:
-            def one(worker: Worker, i: int) -> Any:
-                total = None
-                for call, piece in Looks(worker, method, operations[i], None).pieces(wanted):
-                    total = wanted.fold(total, wanted.map(call, piece))
-                return total
-
-            workers = min(plan.budget.threads, len(operations))
-            # A sample reads next to nothing: not worth a fork.
-            forked = fork and not wanted.sample and processes.worth_it(job, workers, nbytes)
-            run = processes.in_order if forked else _threads_in_order
+        def look(wanted: Pass[Any, Any], number: int = number) -> Any:
             total = None
-            for partial in run(job, len(operations), one, workers):
+            for partial in (gather or _gather_here(plan, job, fork))(number, wanted):
                 total = partial if total is None else wanted.fold(total, partial)
             return wanted.finish(total)
 
         job.artifacts[artifact.method] = drive(method.model_statistics([o.call for o in operations]), look)
+
+
+def operations_of(plan: Plan, number: int) -> list[Operation]:
+    """The operations that an artifact of the graph is about, in output order."""
+    artifact = plan.graph.artifacts[number]
+    return [o for o in plan.graph.operations if o.artifact == artifact]
+
+
+def look_at(worker: Worker, operation: Operation, wanted: Pass[Any, Any]) -> Any:
+    """A pass's partial result of one operation."""
+    total = None
+    for call, piece in Looks(worker, tensor_method(operation.method), operation, None).pieces(wanted):
+        total = wanted.fold(total, wanted.map(call, piece))
+    return total
+
+
+def _gather_here(plan: Plan, job: Job, fork: bool) -> Gather:
+    def gather(number: int, wanted: Pass[Any, Any]) -> Iterator[Any]:
+        operations = operations_of(plan, number)
+        workers = min(plan.budget.threads, len(operations))
+        # A sample reads next to nothing: not worth a fork.
+        nbytes = sum(input_bytes(o, job) for o in operations)
+        forked = fork and not wanted.sample and processes.worth_it(job, workers, nbytes)
+        run = processes.in_order if forked else _threads_in_order
+        return run(job, len(operations), lambda worker, i: look_at(worker, operations[i], wanted), workers)
+
+    return gather
 
 
 def input_bytes(operation: Operation, job: Job) -> int:

@@ -7,8 +7,6 @@ one that is done already, or whose output is complete, has nothing left to do.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import re
 import time
@@ -16,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.engine.artifacts import compute_artifacts
+from mergekit_lr.engine.identity import identity
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.manifest import make_report, small_files
 from mergekit_lr.engine.plain import NotPlain, from_text, to_text
@@ -40,11 +37,9 @@ from mergekit_lr.engine.shared_space import Finished, SharedSpace
 from mergekit_lr.engine.shares import cut, touching
 from mergekit_lr.engine.units import Unit, pending
 from mergekit_lr.errors import MergekitLrError, UsageError
-from mergekit_lr.lazy import torch
 from mergekit_lr.recipe import Recipe
 
 MOST = 100_000  # parts
-PROBES, PROBE = 4, 16 << 10  # places in an input file, and bytes at each, that tell it from another of the same shape
 STATISTICS = "statistics"
 
 
@@ -109,42 +104,9 @@ def _join(
     space.fingerprint = {**identity(recipe, inputs, settings), "parts": space.count}
     if space.finished():
         raise Finished
-    used = [c.folder or Path(c.stamps[0].path) for c in inputs.values()]
+    used = [place for c in inputs.values() for place in c.places()]
     space.check_target(overwrite=overwrite, inputs=used)
     space.join()
-
-
-def identity(recipe: Recipe, inputs: Mapping[str, Checkpoint], settings: Settings) -> dict[str, Any]:
-    """What decides the output's bytes, from what any machine can see before anything is prepared.
-
-    No times: machines may see different ones, or have their own copies of the inputs.
-    """
-    from mergekit_lr import __version__
-
-    source = inspect.getsource(type(recipe.method))
-    return {
-        "mergekit_lr": __version__,
-        "torch": str(torch.__version__),
-        "recipe": recipe.digest(),
-        "method": hashlib.sha256(source.encode()).hexdigest(),
-        "inputs": {m: content_of(c) for m, c in inputs.items()},
-        "device": settings.device.partition(":")[0],
-        "shard_size": settings.shard_size,
-    }
-
-
-def content_of(checkpoint: Checkpoint) -> list[list[Any]]:
-    """Names, sizes and header digests of an input's files, and a digest of some of their bytes."""
-    return [[Path(s.path).name, s.size, s.header, _probed(Path(s.path), s.size)] for s in checkpoint.stamps]
-
-
-def _probed(path: Path, size: int) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as f:
-        for i in range(1, PROBES + 1):
-            f.seek(max(0, size * i // PROBES - PROBE))
-            digest.update(f.read(PROBE))
-    return digest.hexdigest()
 
 
 def _run(plan: Plan, space: SharedSpace, overwrite: bool, progress: Progress | None) -> tuple[int, ...]:

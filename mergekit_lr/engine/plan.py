@@ -181,6 +181,7 @@ def planned(
     shard_size: str | int = DEFAULT_SHARD,
     allow_pickle: bool = False,
     headers_only: bool = False,
+    elsewhere: bool = False,
     prepare: Prepare | None = None,
     store: ShardStore | None = None,
     verify: bool = False,
@@ -192,7 +193,8 @@ def planned(
     a tied reference has no place for are compared with their model's embeddings. ``store`` keeps the shards of Hub
     models that are fetched one by one. ``verify``: downloads are compared with the Hub's digests. ``prepare`` is
     called for a method that must find something out first, and returns the folder in which it kept that; ``write`` for
-    a stage whose output cannot be read before it is written.
+    a stage whose output cannot be read before it is written. ``elsewhere``: other machines will compute, so the device
+    is not looked for on this one.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -211,6 +213,7 @@ def planned(
             allow_pickle=allow_pickle,
             headers_only=headers_only,
             store=store,
+            elsewhere=elsewhere,
             verify=verify,
             write=write,
         )
@@ -221,7 +224,8 @@ def planned(
             inputs = opening.all()
             inputs, tokens = align(loaded, inputs, _tokenizer(loaded, inputs, opening))
             refuse_where_unused(loaded, tokens, _kind(loaded))
-        settings = Settings(choose_device(device), max_memory, threads, parse_size(shard_size))
+        where = device if elsewhere else choose_device(device)
+        settings = Settings(where, max_memory, threads, parse_size(shard_size))
         prepared = None
         if prepare is not None and isinstance(loaded.method, Rewrite) and loaded.method.prepares:
             # What does not fit is found before anything is prepared, and before the output's place is taken.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.model import Checkpoint
@@ -15,6 +15,9 @@ from mergekit_lr.engine.progress import Progress, ProgressEvent
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.recipe import Recipe
 from mergekit_lr.rewrite import Preparation, Rewrite
+
+if TYPE_CHECKING:
+    from mergekit_lr.cluster.crew import Crew
 
 FOLDER = "prepared"
 
@@ -39,8 +42,11 @@ def run_preparation(
     settings: Settings,
     space: Workspace,
     progress: Progress | None,
+    crew: Crew | None = None,
 ) -> Path:
     """Let the method prepare in the claimed ``space``; returns the folder with what it found out.
+
+    With a ``crew`` one of its nodes does it.
 
     Raises:
         UsageError: the folder holds what another run prepared.
@@ -48,6 +54,8 @@ def run_preparation(
     folder = space.root / FOLDER
     space.match(space.root / "prepared.json", preparation_of(recipe, inputs, settings))
     fs.make_folder(folder)
+    if crew is not None:
+        return crew.prepare(folder)
     prepare_in(folder, recipe, inputs, settings, progress)
     return folder
 

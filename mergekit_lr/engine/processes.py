@@ -157,7 +157,7 @@ def _compute(
         shared.stop.set()
         error = e
     with suppress(BrokenPipeError):
-        theirs.send((None, _portable(error), job.warnings))
+        theirs.send((None, portable(error), job.warnings))
     theirs.close()
 
 
@@ -217,11 +217,11 @@ def _main(job: Job, todo: Sequence[Unit], shared: _Shared, theirs: Connection, p
     except BaseException as e:  # handed to the parent, which raises it
         shared.stop.set()
         error = e
-    theirs.send((_portable(error), job.warnings))
+    theirs.send((portable(error), job.warnings))
     theirs.close()
 
 
-def _portable(error: BaseException | None) -> BaseException | None:
+def portable(error: BaseException | None) -> BaseException | None:
     """The error itself where it survives the way to another process, else one that says the same."""
     try:
         copy = pickle.loads(pickle.dumps(error))

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.header import read_header
@@ -22,6 +22,7 @@ from mergekit_lr.engine.portion import check_inputs_unchanged, drain, job_of, on
 from mergekit_lr.engine.prepare import run_preparation
 from mergekit_lr.engine.progress import Progress
 from mergekit_lr.engine.streaming import Streaming
+from mergekit_lr.engine.together import refuse_together
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import UsageError, VerificationError
 from mergekit_lr.recipe import Recipe
@@ -29,6 +30,9 @@ from mergekit_lr.sizes import parse_size
 
 INPUTS = "inputs"
 """Folder of the workspace for shards that were fetched."""
+
+if TYPE_CHECKING:
+    from mergekit_lr.cluster.crew import Crew
 
 STAGES = "stages"
 """Folder in the workspace that holds the stages which had to be written."""
@@ -61,6 +65,8 @@ def merge(
     overwrite: bool = False,
     allow_pickle: bool = False,
     part: str | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
     offline: bool = False,
     verify_inputs: bool = False,
     disk_budget: str | int | None = None,
@@ -82,6 +88,9 @@ def merge(
         allow_pickle: read ``.bin`` weights too, in a confined child process.
         part: ``"I/N"``: do only the I-th of N parts, counted from 1, on storage that all of them share. They may run
             anywhere, at any time and in any order; the one that finds all others done writes the output.
+        workers: use so many worker processes of Ray on this machine, or at most so many tasks at a time of ``ray``.
+        ray: address of a Ray cluster whose nodes do the work, such as ``"auto"`` or ``"host:6379"``. All must see
+            inputs and output under the same paths. ``max_memory`` is then what each task may hold.
         offline: ask nothing of the Hub; use what is in its cache.
         verify_inputs: compare what was downloaded from the Hub with the digests that it states.
         disk_budget: most bytes of weights on disk at once, such as ``"50GB"``: shards of Hub models are fetched when
@@ -93,27 +102,50 @@ def merge(
     Raises:
         MergekitLrError: one of the family in `mergekit_lr.errors`; nothing is left at ``out`` then.
     """
-    if part is not None:
-        from mergekit_lr.engine.parts import merge_part
+    how: dict[str, Any] = {"device": device, "max_memory": max_memory, "shard_size": shard_size}
+    how |= {"allow_pickle": allow_pickle, "verify": verify_inputs}
+    streams = disk_budget is not None or push is not None
+    refuse_together(part=part, workers=workers, ray=ray, threads=threads, streams=streams)
+    with offline_mode(offline):
+        if part is not None:
+            from mergekit_lr.engine.parts import merge_part
 
-        if disk_budget is not None or push is not None:
-            why = "parts share one folder of inputs and one of outputs"
-            raise UsageError("a part has no disk budget and cannot push", why=why, fix="leave out --part, or those two")
-        settings = {"device": device, "max_memory": max_memory, "threads": threads, "shard_size": shard_size}
-        settings |= {"allow_pickle": allow_pickle, "verify": verify_inputs}
-        with offline_mode(offline):
-            return merge_part(recipe, Path(out), part, settings, resume=resume, overwrite=overwrite, progress=progress)
-    target = Path(out)
-    space = Workspace(target)
-    streaming = _streaming(space, disk_budget, push, verify_inputs, offline)
+            how["threads"] = threads
+            return merge_part(recipe, Path(out), part, how, resume=resume, overwrite=overwrite, progress=progress)
+        space = Workspace(Path(out))
+        if ray is None and workers is None:
+            how["threads"] = threads
+            streaming = _streaming(space, disk_budget, push, verify_inputs, offline)
+            return _merge(recipe, space, how, resume, overwrite, progress, streaming=streaming)
+        from mergekit_lr.cluster.crew import crew_of
+
+        with crew_of(ray, workers, offline=offline) as crew:
+            how["device"] = crew.device if device == "auto" else device
+            return _merge(recipe, space, how, resume, overwrite, progress, crew=crew)
+
+
+def _merge(
+    recipe: Recipe | str | Path | dict[str, Any],
+    space: Workspace,
+    how: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
+    progress: Progress | None,
+    *,
+    crew: Crew | None = None,
+    streaming: Streaming | None = None,
+) -> MergeResult:
+    """Plan and run; ``how`` are the arguments of `planned`."""
 
     def prepare(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings) -> Path:
         space.reserve(resume=resume, overwrite=overwrite)
+        if crew is not None:
+            crew.begin(recipe, how, space)
         with one_thread_each():
-            return run_preparation(recipe, inputs, settings, space, progress)
+            return run_preparation(recipe, inputs, settings, space, progress, crew)
 
     def write(name: str, stage: Recipe) -> tuple[Path, str]:
-        if disk_budget is not None:
+        if streaming is not None and streaming.budget is not None:
             raise UsageError(
                 f"the stage {name!r} has to be written whole",
                 why="there is a disk budget, and its output is as large as a model",
@@ -121,27 +153,23 @@ def merge(
             )
         if not space.held:
             space.reserve(resume=resume, overwrite=overwrite)
-        return write_stage(space, name, stage, options, progress)
+        return write_stage(space, name, stage, how, progress)
 
-    options: dict[str, Any] = {
-        "device": device,
-        "max_memory": max_memory,
-        "threads": threads,
-        "shard_size": shard_size,
-        "allow_pickle": allow_pickle,
-        "verify": verify_inputs,
-        "store": None if disk_budget is None or streaming is None else streaming.store,
-    }
+    here: dict[str, Any] = {"write": write} if crew is None else {"threads": 1, "elsewhere": True}
+    if streaming is not None and streaming.budget is not None:
+        here["store"] = streaming.store
     try:
-        with offline_mode(offline), planned(recipe, **options, prepare=prepare, write=write) as plan:
+        with planned(recipe, **how, **here, prepare=prepare) as plan:
             return run(
                 plan,
-                target,
+                space.out,
                 resume=resume,
                 overwrite=overwrite,
                 progress=progress,
                 space=space,
                 streaming=streaming,
+                crew=crew,
+                how=how,
             )
     finally:
         space.release()
@@ -169,8 +197,13 @@ def run(
     progress: Progress | None = None,
     space: Workspace | None = None,
     streaming: Streaming | None = None,
+    crew: Crew | None = None,
+    how: dict[str, Any] | None = None,
 ) -> MergeResult:
-    """Carry out a plan; see `merge`. ``space`` is held already where something was prepared in it."""
+    """Carry out a plan; see `merge`. ``space`` is held already where something was prepared in it.
+
+    ``crew``: who does it, if not this process; ``how``: what they are told beside the recipe.
+    """
     began = time.monotonic()
     space = space or Workspace(out)
     space.fingerprint = plan.fingerprint()
@@ -179,6 +212,10 @@ def run(
         return _again(out, target)
     used = [place for c in plan.inputs.values() for place in c.places()]
     space.check_target(overwrite=overwrite, inputs=used)
+    if crew is not None:
+        if not space.held:
+            space.reserve(resume=resume)
+        crew.begin(plan.recipe, how or {}, space)
     space.claim(resume=resume)
     try:
         published = target is not None and target.claim(overwrite=overwrite, fingerprint=space.digest)
@@ -189,9 +226,12 @@ def run(
             if streaming is None:
                 space.prepare(plan.layout)
                 read_back(plan, job, plan.units)
-                with one_thread_each():
-                    compute_artifacts(plan, job)
-                    drain(plan, job, plan.units, progress)
+                if crew is not None:
+                    crew.work(plan, job, progress)
+                else:
+                    with one_thread_each():
+                        compute_artifacts(plan, job)
+                        drain(plan, job, plan.units, progress)
             elif not (published and streaming.releases):
                 streaming.begin(plan, space, job)
                 read_back(plan, job, streaming.on_disk(plan, job))

@@ -73,6 +73,25 @@ def cut(plan: Plan, count: int) -> list[list[Unit]]:
     return shares
 
 
+def groups_of(plan: Plan, count: int, least: int, most: int) -> list[list[Unit]]:
+    """All units in runs of about a ``count``-th of the total cost, within ``least .. most``, each in one file.
+
+    A tensor that is larger than that is in several runs, where its method can cut it.
+    """
+    loads = loads_of(plan)
+    target = min(most, max(least, sum(load.cost for load in loads) // max(1, count)))
+    groups: list[list[Unit]] = []
+    room, shard = 0, -1
+    for load in loads:
+        at = byte_range(plan, load.units[0])[0][0]
+        if not groups or room < load.cost or at != shard:
+            groups.append([])
+            room, shard = target, at
+        groups[-1] += load.units
+        room -= load.cost
+    return groups
+
+
 def touching(plan: Plan, shares: Sequence[Sequence[Unit]]) -> list[Unit]:
     """Units that lie in one `BLOCK` of a file with a unit of another share, in the order of the output's bytes."""
     everything = [(*byte_range(plan, u), i, u) for i, share in enumerate(shares) for u in share]

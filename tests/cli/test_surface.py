@@ -14,8 +14,8 @@ SURFACE = {
     "": ["--debug", "--version"],
     "merge": [
         *("RECIPE", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
-        *("--overwrite", "--allow-pickle", "--stage", "--part", "--offline", "--verify-inputs", "--disk-budget"),
-        *("--push", "--json", "--quiet -q"),
+        *("--overwrite", "--allow-pickle", "--stage", "--part", "--workers", "--ray", "--offline"),
+        *("--verify-inputs", "--disk-budget", "--push", "--json", "--quiet -q"),
     ],
     "recover": [
         *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),
