@@ -10,6 +10,8 @@ EMBEDDINGS = (
     "embed_tokens.weight",
     "model.language_model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight",
+    "model.text_model.embed_tokens.weight",
+    "model.tok_embeddings.weight",
     "transformer.wte.weight",
     "gpt_neox.embed_in.weight",
     "model.decoder.embed_tokens.weight",
