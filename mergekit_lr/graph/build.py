@@ -12,7 +12,7 @@ from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.errors import CheckpointError, join_problems
 from mergekit_lr.graph.companions import Beside, Lookup, companion_of, companion_paths, label
-from mergekit_lr.graph.misfits import missing_part, nearest_in, parts_of
+from mergekit_lr.graph.misfits import Parts, nearest_in
 from mergekit_lr.graph.nodes import Artifact, MergeGraph, Operation, Sink, Source
 from mergekit_lr.graph.places import Place, Places, find_places, left_out, why_absent
 from mergekit_lr.graph.spaces import as_input, as_weight
@@ -47,6 +47,7 @@ class _Builder:
         named = self.inputs[self.reference].tensors
         self.names = {m: Aliases(named.keys(), self.inputs[m].tensors.keys()) for m in self.models}
         self.absent: dict[tuple[str, str], int] = {}
+        self.parts: Parts | None = None
         self.lookup = Lookup(companion, self.inputs, self.models, self.companions) if companion else None
         self.number = {model: i for i, model in enumerate(self.models)}
         self.labels = {id(g): tuple(str(e.reference) for e in g.inputs) for g in recipe.groups}
@@ -89,7 +90,8 @@ class _Builder:
 
     def note_missing(self, reference: str, model: str, name: str) -> None:
         """A problem for each tensor that a model lacks, or one for a whole part of the reference that it lacks."""
-        part = missing_part(name, self.inputs[model], self.inputs[self.reference])
+        self.parts = self.parts or Parts(self.inputs[self.reference])
+        part = self.parts.missing(name, self.inputs[model])
         if part is not None:
             self.absent[model, part] = self.absent.get((model, part), 0) + 1
             return
@@ -102,7 +104,8 @@ class _Builder:
     def complain_of_parts(self) -> None:
         """Parts of the reference that a model lacks altogether."""
         for (model, part), count in self.absent.items():
-            rest = " and ".join(p for p in parts_of(self.inputs[model], self.inputs[self.reference]))
+            assert self.parts is not None
+            rest = " and ".join(self.parts.shared(self.inputs[model]))
             self.problems.append(
                 f"{model}: it has no {part} ({count} tensor{'s' * (count > 1)}), and {self.reference} has one; "
                 f"merge under `modules: {{{rest}: {{models: [...]}}}}` what it has, and the rest stays as in "

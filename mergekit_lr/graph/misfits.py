@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mergekit_lr.arch.modules import WHOLE, modules_of
 from mergekit_lr.arch.naming import TEXT, nearest_names
 from mergekit_lr.checkpoint.model import Checkpoint
 
 
-def parts_of(model: Checkpoint, reference: Checkpoint) -> list[str]:
-    """The parts of ``reference`` that ``model`` has too; a plain language model is a text decoder."""
-    theirs = set(modules_of(model.tensors, model.config).values())
-    if theirs == {WHOLE}:
-        theirs = {WHOLE, TEXT}
-    return [p for p in dict.fromkeys(modules_of(reference.tensors, reference.config).values()) if p in theirs]
+class Parts:
+    """The parts of the reference, and which of them each model lacks altogether. Names are read once for each model."""
 
+    def __init__(self, reference: Checkpoint) -> None:
+        self._of: Mapping[str, str] = modules_of(reference.tensors, reference.config)
+        self._shared: dict[str, list[str]] = {}
 
-def missing_part(name: str, model: Checkpoint, reference: Checkpoint) -> str | None:
-    """The part that a tensor of the reference belongs to, where the model has nothing of that part at all."""
-    part = modules_of(reference.tensors, reference.config).get(name)
-    shared = parts_of(model, reference)
-    return part if part is not None and shared and part not in shared else None
+    def shared(self, model: Checkpoint) -> list[str]:
+        """The parts that ``model`` has too; a plain language model is a text decoder."""
+        if model.reference not in self._shared:
+            theirs = set(modules_of(model.tensors, model.config).values())
+            if theirs == {WHOLE}:
+                theirs = {WHOLE, TEXT}
+            self._shared[model.reference] = [p for p in dict.fromkeys(self._of.values()) if p in theirs]
+        return self._shared[model.reference]
+
+    def missing(self, name: str, model: Checkpoint) -> str | None:
+        """The part that a tensor of the reference belongs to, where the model has nothing of that part at all."""
+        part, shared = self._of.get(name), self.shared(model)
+        return part if part is not None and shared and part not in shared else None
 
 
 def nearest_in(name: str, model: Checkpoint) -> str:
