@@ -106,7 +106,7 @@ def command(body: Callable[P, R]) -> Callable[P, R]:
             say(f"interrupted{kept}")
             raise typer.Exit(INTERRUPTED) from None
 
-    app.command(body.__name__.replace("_", "-"), context_settings=CONTEXT)(run)
+    app.command(body.__name__.rstrip("_").replace("_", "-"), context_settings=CONTEXT)(run)
     return run
 
 

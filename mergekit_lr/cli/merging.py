@@ -186,10 +186,10 @@ def plan(
 ) -> None:
     """Say what a merge would read, write and hold in memory. Reads no weights."""
     import mergekit_lr
-    from mergekit_lr.recipe import load_recipe
 
     result = mergekit_lr.plan(
-        load_recipe(recipe, stage=stage),
+        recipe,
+        stage=stage,
         device=device,
         max_memory=max_memory,
         threads=threads,
@@ -219,6 +219,23 @@ def check(recipe: RecipePath, stage: StageName = None, as_json: Json = False) ->
     print(f"{recipe}: ok, {_in_words(loaded)}")
     for name, made in loaded.stages:
         print(f"  after the stage {name}: {_in_words(made)}")
+
+
+@command
+def import_(recipe: RecipePath, stage: StageName = None, as_json: Json = False) -> None:
+    """Show what a mergekit recipe means here: every default written out, every difference in meaning."""
+    from mergekit_lr.recipe import load_recipe
+    from mergekit_lr.recipe.differences import differences, normalised
+
+    loaded = load_recipe(recipe, stage=stage)
+    found = differences(loaded)
+    if as_json:
+        told = [{"about": d.about, "there": d.there, "here": d.here} for d in found]
+        print_json({"recipe": loaded.canonical(), "differences": told, "warnings": list(loaded.warnings)})
+        return
+    for line in loaded.warnings:
+        say(f"warning: {line}")
+    print(normalised(loaded), end="")
 
 
 def _in_words(recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.retry import offline as offline_mode
 from mergekit_lr.engine.describe import picture
 from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, planned
-from mergekit_lr.recipe import Recipe
+from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.sizes import parse_bandwidth
 
 
@@ -21,6 +21,7 @@ def plan(
     threads: int | None = None,
     shard_size: str | int = DEFAULT_SHARD,
     allow_pickle: bool = False,
+    stage: str | None = None,
     bandwidth: str | int | float | None = None,
     graph: str | Path | None = None,
     offline: bool = False,
@@ -36,7 +37,7 @@ def plan(
     with (
         offline_mode(offline),
         planned(
-            recipe,
+            load_recipe(recipe, stage=stage),
             device=device,
             max_memory=max_memory,
             threads=threads,

@@ -25,7 +25,7 @@ from mergekit_lr.engine.streaming import Streaming
 from mergekit_lr.engine.together import refuse_together
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import UsageError, VerificationError
-from mergekit_lr.recipe import Recipe
+from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.sizes import parse_size
 
 INPUTS = "inputs"
@@ -65,6 +65,7 @@ def merge(
     overwrite: bool = False,
     allow_pickle: bool = False,
     part: str | None = None,
+    stage: str | None = None,
     workers: int | None = None,
     ray: str | None = None,
     offline: bool = False,
@@ -88,6 +89,7 @@ def merge(
         allow_pickle: read ``.bin`` weights too, in a confined child process.
         part: ``"I/N"``: do only the I-th of N parts, counted from 1, on storage that all of them share. They may run
             anywhere, at any time and in any order; the one that finds all others done writes the output.
+        stage: make this one of a file's named recipes instead of its output.
         workers: use so many worker processes of Ray on this machine, or at most so many tasks at a time of ``ray``.
         ray: address of a Ray cluster whose nodes do the work, such as ``"auto"`` or ``"host:6379"``. All must see
             inputs and output under the same paths. ``max_memory`` is then what each task may hold.
@@ -102,6 +104,7 @@ def merge(
     Raises:
         MergekitLrError: one of the family in `mergekit_lr.errors`; nothing is left at ``out`` then.
     """
+    recipe = load_recipe(recipe, stage=stage)
     how: dict[str, Any] = {"device": device, "max_memory": max_memory, "shard_size": shard_size}
     how |= {"allow_pickle": allow_pickle, "verify": verify_inputs}
     streams = disk_budget is not None or push is not None

@@ -43,7 +43,7 @@ def load_recipe(source: RecipeSource, *, stage: str | None = None) -> Recipe:
             (without line and column for a dict).
     """
     if isinstance(source, Recipe):
-        return source
+        return source if stage is None else _chosen(source, stage)
     return read_documents(*read_nodes(source), stage)
 
 
@@ -70,6 +70,14 @@ def read_nodes(source: str | os.PathLike[str] | AbstractMapping[str, Any]) -> Re
     text = decode(_read(path), problems)
     problems.raise_if_any()
     return _from_text(text, problems, path)
+
+
+def _chosen(recipe: Recipe, stage: str) -> Recipe:
+    known = dict(recipe.stages)
+    if stage not in known:
+        fix = f"known here: {', '.join(known) or 'none'}"
+        raise RecipeError(f"there is no stage {shown(stage)}", where=str(recipe.origin or "recipe"), fix=fix)
+    return known[stage]
 
 
 def check(recipe: RecipeSource) -> Recipe:

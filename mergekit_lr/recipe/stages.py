@@ -8,13 +8,13 @@ there is one `Recipe`, whose ``stages`` are those that it needs, each after thos
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from mergekit_lr.checkpoint.open import exists, local
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.errors import RecipeError
 from mergekit_lr.recipe.problems import Mark, Problems, shown
@@ -172,7 +172,7 @@ class _Chain:
                 if reference.revision is not None:
                     what = f"{str(reference)!r} asks for a revision of a stage, and a stage has none"
                     self.problems.add(self.written[i].mark, "", what, f"write {path}")
-            elif "/" not in path and not exists(local(reference.model)):
+            elif "/" not in path and not os.path.exists(os.path.expanduser(path)):  # noqa: PTH110, PTH111
                 near = get_close_matches(path, [str(n) for n in names], n=1, cutoff=0.75)
                 if near:
                     what = f"there is no recipe and no folder {path!r}"

@@ -30,6 +30,7 @@ SURFACE = {
         *("--bandwidth", "--graph", "--offline", "--json"),
     ],
     "check": ["RECIPE", "--stage", "--json"],
+    "import": ["RECIPE", "--stage", "--json"],
     "verify": ["OUT", "--json"],
     "inspect": ["MODEL", "--allow-pickle", "--json"],
     "methods": ["NAME", "--json"],
@@ -90,7 +91,7 @@ def test_the_function_of_a_command_takes_its_options(command: str) -> None:
     """``--max-memory`` is ``max_memory=``. ``--json``, ``--quiet`` are about printing, ``--stage`` is the recipe's."""
     function = getattr(mergekit_lr, command.replace("-", "_"))
     options = {n.split("/")[0].split()[0].lstrip("-").lower().replace("-", "_") for n in SURFACE[command]}
-    assert set(inspect.signature(function).parameters) - {"progress"} == options - {"json", "quiet", "file", "stage"}
+    assert set(inspect.signature(function).parameters) - {"progress"} == options - {"json", "quiet", "file"}
 
 
 def test_defaults_are_those_of_the_functions() -> None:
