@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-peer test-gpu test-wheel lint zoo clean
+.PHONY: demo test test-slow test-peer compare-mergekit test-gpu test-wheel lint zoo clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -21,6 +21,10 @@ test-slow: $(READY)
 
 test-peer: $(READY)
 	$(BIN)/pytest -q -m peer
+
+# Every recipe of the compatibility corpus here and in mergekit 0.1.5; rewrites the table in docs/mergekit.md.
+compare-mergekit: $(READY)
+	$(BIN)/python benchmarks/compare_mergekit.py
 
 test-gpu: $(READY)
 	$(BIN)/pytest -q -m gpu
