@@ -198,7 +198,7 @@ def fake_merge(seen: dict[str, Any]) -> Callable[..., Any]:
         seen.update(options, recipe=recipe, out=out)
         if options["progress"]:
             options["progress"](ProgressEvent(500, 1000, "merging"))
-        return SimpleNamespace(out=out, report={"warnings": ["odd"], "tensors": []}, waiting_for=())
+        return SimpleNamespace(out=out, report={"warnings": ["odd"], "tensors": []}, waiting_for=(), pushed=None)
 
     return merge
 
@@ -228,6 +228,8 @@ def test_merge_passes_every_option_on(run: Run, replace: Run, recipe: Path, tmp_
         "ray": "auto",
         "offline": True,
         "verify_inputs": True,
+        "disk_budget": None,
+        "push": None,
     }
 
 
