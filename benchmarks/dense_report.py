@@ -68,11 +68,24 @@ def agreement(data: dict[str, Any]) -> str:
     return "\n".join([*rows, *(line([e, f"{v['text']:.2f}"]) for e, v in found.items())])
 
 
+def rows(data: dict[str, Any]) -> str:
+    """Scales fitted on half of the documents, measured on the other half; how many numbers were fitted."""
+    table: Table = data["rows"]
+    counts = {f"row scales, {name}": fit["scales"] for name, fit in data["fits"].items()}
+    found = [line(["merge", "scales", *DOMAINS, "mean", "share of the joint gain"]), line(["---", *["---:"] * 7])]
+    for name in sorted(table, key=lambda n: mean(table[n])):
+        count = f"{counts[name]:,}" if name in counts else ""
+        cells = [name, count, *(f"{table[name][d]:.4f}" for d in DOMAINS)]
+        found.append(line([*cells, f"{mean(table[name]):.4f}", f"{share(table, name):.0%}"]))
+    return "\n".join(found)
+
+
 def report(result: Path, page: Path) -> None:
     """Put every table between its markers on the page."""
     data = json.loads(result.read_text())
     text = page.read_text()
-    for name, make in (("compared", compared), ("swept", swept), ("others", others), ("agreement", agreement)):
+    tables = {"compared": compared, "swept": swept, "others": others, "rows": rows, "agreement": agreement}
+    for name, make in tables.items():
         start, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         head, _, rest = text.partition(start)
         text = f"{head}{start}\n{make(data)}\n{end}{rest.partition(end)[2]}"

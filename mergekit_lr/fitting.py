@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BETAS, TINY = (0.8, 0.95), 1e-8
-HELD_BACK = 4  # every fourth sequence of a text judges a step instead of making it
+HELD_BACK = (
+    4  # the last quarter of each text judges steps instead of making them: other documents, where it has several
+)
 BATCH = 8
 
 
@@ -64,9 +66,10 @@ def fit_scales(
 ) -> Fitted:
     """Write the scale files that a `row_scales` recipe names.
 
-    ``samples`` sequences are spread evenly over the texts, which count alike; every fourth judges. Adam with ``rate``
-    takes ``steps`` steps from ``start`` (by default 1 / number of models); the scales after the step with the least
-    loss on what was held back are kept. Text that a model was trained on will not do: it asks for more of itself.
+    ``samples`` sequences are spread evenly over the texts, which count alike; the last quarter of each judges. Adam
+    with ``rate`` takes ``steps`` steps from ``start`` (by default 1 / number of models); the scales after the step with
+    the least loss on what was held back are kept. Text that a model was trained on will not do: it asks for more of
+    itself.
 
     Raises:
         UsageError: another method's recipe, a file exists, a number is out of range.
@@ -220,8 +223,9 @@ def _descend(
     fit: Fit, drawn: Sequence[Sequence[Tensor]], steps: int, rate: float, tell: Callable[[int, int, str], None]
 ) -> list[float]:
     """Adam from the start on; keeps the best scales in ``fit`` and returns every judgement."""
-    judged = [[x for k, x in enumerate(one) if k % HELD_BACK == HELD_BACK - 1] for one in drawn]
-    learned = [[x for k, x in enumerate(one) if k % HELD_BACK != HELD_BACK - 1] for one in drawn]
+    cuts = [len(one) - len(one) // HELD_BACK for one in drawn]
+    learned = [one[:cut] for one, cut in zip(drawn, cuts, strict=True)]
+    judged = [one[cut:] for one, cut in zip(drawn, cuts, strict=True)]
     first = [{n: torch.zeros_like(s) for n, s in rows.items()} for rows in fit.rows]
     second = [{n: torch.zeros_like(s) for n, s in rows.items()} for rows in fit.rows]
     losses: list[float] = []

@@ -89,6 +89,7 @@ def recipe_of(tmp_path: Path) -> dict[str, Any]:
 
 
 TEXTS = [TEXT / "python.txt", TEXT / "german.txt"]
+MORE: dict[str, Any] = {"samples": 64, "sequence_length": 64, "device": "cpu"}
 SMALL: dict[str, Any] = {"samples": 16, "sequence_length": 64, "device": "cpu"}
 
 
@@ -115,7 +116,7 @@ def test_the_fit_goes_down_the_gradient_of_the_scales(tmp_path: Path) -> None:
     loss = torch.zeros(())
     for text in TEXTS:
         for k, ids in enumerate(sequences(tokenizer, [text], 8, 64)):
-            if k % 4 != 3:
+            if k < 6:
                 logits = functional_call(network, weights, kwargs={"input_ids": ids[None]}, tie_weights=True).logits
                 loss = loss + torch.nn.functional.cross_entropy(logits[0, :-1], ids[1:])
     (loss / 12).backward()  # type: ignore[no-untyped-call]
@@ -131,12 +132,12 @@ def test_the_fit_goes_down_the_gradient_of_the_scales(tmp_path: Path) -> None:
 
 def test_a_fit_lowers_the_loss_and_is_reproducible(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
-    once = mergekit_lr.fit_scales(recipe, TEXTS, steps=3, **SMALL)
-    assert once.losses[once.steps] == min(once.losses) < once.losses[0] - 0.01
+    once = mergekit_lr.fit_scales(recipe, TEXTS, steps=3, rate=0.03, **MORE)
+    assert once.losses[once.steps] == min(once.losses) < once.losses[0] - 0.005
     bytes_of = [f.read_bytes() for f in once.files]
     with pytest.raises(UsageError, match="exists"):
-        mergekit_lr.fit_scales(recipe, TEXTS, steps=3, **SMALL)
-    again = mergekit_lr.fit_scales(recipe, TEXTS, steps=3, overwrite=True, **SMALL)
+        mergekit_lr.fit_scales(recipe, TEXTS, steps=3, rate=0.03, **MORE)
+    again = mergekit_lr.fit_scales(recipe, TEXTS, steps=3, rate=0.03, overwrite=True, **MORE)
     assert [f.read_bytes() for f in again.files] == bytes_of
     # The merge with these files has the loss that the fit saw: what is measured is what is written.
     entries = [{"model": m["model"], "parameters": {"weight": 0.5}} for m in recipe["models"]]
