@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,12 @@ TIMEOUT = 60.0
 
 @dataclass
 class RemoteCheckpoint(Checkpoint):
-    """Names, shapes and dtypes of a Hub model. Its commit is pinned, so it cannot change."""
+    """Names, shapes and dtypes of a Hub model. Its commit is pinned, so it cannot change.
+
+    ``missing``: bytes of the files that are not on this machine, by the path that they would have in the cache.
+    """
+
+    missing: dict[Path, int] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
         """Always an error: the weights are not here."""
@@ -81,6 +86,7 @@ def open_headers(place: Place, reference: str, *, cache: Path | None = None, hin
     if remote is None:
         return None
     empty = RemoteCheckpoint(reference, remote.folder, remote.config, {}, {}, (), revision=remote.folder.name)
+    empty.missing = {remote.folder / file.name: file.size for file in remote.files.values()}
     return assemble(empty, remote.parts)
 
 

@@ -75,6 +75,8 @@ class ShardStore:
 
     def find(self) -> None:
         """Take over what an earlier run left; remove what is nobody's."""
+        for path in [p for p in self._there if not p.is_file()]:  # the workspace was begun anew
+            self._release(path)
         for path, (_, file) in self.files.items():
             if path not in self._there and is_whole(path, file, compare=self.compare):
                 self._there[path] = 0

@@ -104,28 +104,32 @@ class Room:
     background: bool  # whether a finished output may still be there while the next one is made
 
 
+def least(plan: Plan, needs: Needs, size: Mapping[Path, int], *, releases: bool) -> tuple[int, int]:
+    """Bytes of output files, and of input files of one unit, that must be on disk at once in any case."""
+    shards = [s.size for s in plan.layout.shards]
+    outputs = live_bytes(in_file_order(plan, plan.units), needs.outputs, shards) if releases else sum(shards)
+    return outputs, max((sum(size[p] for p in needs.inputs(u)) for u in plan.units), default=0)
+
+
 def divide(plan: Plan, needs: Needs, size: Mapping[Path, int], budget: int | None, *, releases: bool) -> Room:
     """Split the budget. With ``releases`` finished output files leave the disk; without, all of them stay.
 
     Raises:
         ResourceError: it is too small; the message says how much is needed.
     """
-    shards = [s.size for s in plan.layout.shards]
-    units = in_file_order(plan, plan.units)
-    outputs = live_bytes(units, needs.outputs, shards) if releases else sum(shards)
-    least = max((sum(size[p] for p in needs.inputs(u)) for u in units), default=0)
+    outputs, inputs = least(plan, needs, size, releases=releases)
     if budget is None:
         return Room(None, outputs, True)
-    if outputs + least > budget:
+    if outputs + inputs > budget:
         kept = "the output files that are open at once" if releases else "the output"
         raise ResourceError(
             "the disk budget is too small",
             where=f"--disk-budget {format_size(budget)}",
-            why=f"{format_size(outputs)} for {kept} and {format_size(least)} for the inputs of one unit of work",
-            fix=f"allow at least --disk-budget {outputs + least}"
+            why=f"{format_size(outputs)} for {kept} and {format_size(inputs)} for the inputs of one unit of work",
+            fix=f"allow at least --disk-budget {outputs + inputs}"
             + ("" if releases else ", or --push the output so that finished files can be released"),
         )
-    spare = max(shards, default=0) if releases else 0
-    if budget >= outputs + least + spare:
+    spare = max((s.size for s in plan.layout.shards), default=0) if releases else 0
+    if budget >= outputs + inputs + spare:
         return Room(budget - outputs - spare, outputs + spare, True)
     return Room(budget - outputs, outputs, False)

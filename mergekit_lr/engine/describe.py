@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.checkpoint.model import HUB
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.remote import RemoteCheckpoint
 from mergekit_lr.sizes import format_duration, format_size
 from mergekit_lr.tokenizer.align import token_lines
 
@@ -22,6 +24,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     graph, budget = plan.graph, plan.budget
     bytes_in, bytes_out = plan.bytes_in, plan.layout.file_bytes
     seconds = (bytes_in + bytes_out) / plan.bandwidth if plan.bandwidth else None
+    inputs = [*plan.inputs.values(), *(c for _, stage in plan.stages for c in stage.inputs.values())]
+    fetched = missing_files(inputs)
     return {
         "merge_method": plan.recipe.merge_method,
         "models": list(graph.models),
@@ -41,7 +45,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "dtypes": sorted({s.dtype for s in graph.sinks}),
         "files": sorted(plan.files),
-        "download": download_bytes(plan),
+        "download": sum(fetched.values()),
+        "least_disk_budget": _least_budget(plan, fetched, releases=False),
+        "least_disk_budget_pushed": _least_budget(plan, fetched, releases=True),
         "disk_needed": int(SPARE * bytes_out),
         "disk_free": free_here(),
         "bandwidth": plan.bandwidth,
@@ -81,7 +87,8 @@ def in_words(d: dict[str, Any]) -> list[str]:
     ]
     if d["download"]:
         lines.append(
-            f"downloads {format_size(d['download'])} from the Hub first: only headers were fetched for this plan"
+            f"downloads {format_size(d['download'])} from the Hub (for this plan: headers only); with --disk-budget at "
+            f"least {format_size(d['least_disk_budget'])}, {format_size(d['least_disk_budget_pushed'])} with --push"
         )
     if d["transfer_seconds"] is not None:
         rate = f"{format_size(d['bandwidth'])}/s"
@@ -109,10 +116,21 @@ def picture(plan: Plan) -> str:
     return draw(title, read, blocks, output)
 
 
-def download_bytes(plan: Plan) -> int:
-    """Bytes of the inputs' files that are on the Hub and not on this machine."""
-    every = {s.path: s.size for file in plan.graph.files for s in plan.inputs[file].stamps}
-    return sum(size for path, size in every.items() if path.startswith(HUB))
+def _least_budget(plan: Plan, sizes: Mapping[Path, int], *, releases: bool) -> int | None:
+    """The smallest ``--disk-budget``, without ``--push`` or with it; None where nothing would be fetched."""
+    from mergekit_lr.engine.batches import Needs, least
+
+    return sum(least(plan, Needs(plan, sizes), sizes, releases=releases)) if sizes else None
+
+
+def missing_files(checkpoints: Iterable[Checkpoint]) -> dict[Path, int]:
+    """Bytes of the Hub's files that are not here, of models and of those that they are views of."""
+    found: dict[Path, int] = {}
+    for checkpoint in checkpoints:
+        if isinstance(checkpoint, RemoteCheckpoint):
+            found |= checkpoint.missing
+        found |= missing_files(checkpoint.beneath)
+    return found
 
 
 def free_here() -> int:

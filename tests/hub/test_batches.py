@@ -124,3 +124,21 @@ def test_a_lazy_store_lets_the_oldest_go_and_nothing_that_is_read() -> None:
             assert set(made._there) == paths(0, 2)
     with made.held(Path("1")):
         assert set(made._there) == paths(1, 2)
+
+
+def test_a_workspace_that_was_begun_anew_has_nothing(tmp_path: Path) -> None:
+    made = store(4, [2])
+    made.folder = tmp_path
+    made.settle(paths(0))  # Path("0") is no file
+    made.find()
+    assert made.used == 0
+
+
+def test_what_is_nobodys_is_removed(tmp_path: Path) -> None:
+    made = ShardStore(tmp_path, 10)
+    for name, data in (("mine", b"12"), ("short", b"1"), ("stray", b"123"), ("begun.incomplete", b"1")):
+        (tmp_path / name).write_bytes(data)
+    for name in ("mine", "short", "begun"):
+        made.files[tmp_path / name] = Place("org/x"), RemoteFile(name, 2)
+    made.find()
+    assert {p.name for p in tmp_path.iterdir()} == {"mine", "begun.incomplete"} and made.used == 2

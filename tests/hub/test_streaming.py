@@ -129,6 +129,9 @@ def test_a_budget_that_is_too_small_says_what_is_needed(hub: Hub, runner: Runner
         for r in hub.requests
     )
     needed = int(done.stderr.split("--disk-budget ")[-1].split(",")[0])
+    planned = json.loads(runner.run(home, COMMAND, "plan", "recipe.yml", "--shard-size", "650kB", "--json").stdout)
+    assert planned["least_disk_budget"] == needed > planned["least_disk_budget_pushed"] > SHARD
+    assert planned["download"] == sum(len(d) for r in hub.repositories.values() for d in weights(r.files).values())
     again = merge(runner, home, "--disk-budget", str(needed))
     assert again.returncode == 0, again.stderr
     assert merge(runner, home, "--disk-budget", str(needed - 1), out="less").returncode == 5
@@ -285,3 +288,46 @@ def test_usage(hub: Hub, runner: Runner, home: Path) -> None:
     ):
         done = merge(runner, home, *options)
         assert done.returncode == 2 and what in done.stderr, done.stderr
+
+
+def test_a_method_that_looks_at_all_weights_first(hub: Hub, runner: Runner, home: Path) -> None:
+    """What is prepared reads in an order of its own, from several threads: shards are fetched when they are read."""
+    recipe = "merge_method: tall_masks\nbase_model: org/base\nmodels:\n"
+    recipe += "".join(f"  - {{model: org/{m}, name: {m}}}\n" for m in "ab")
+    (home / "recipe.yml").write_text(recipe)
+    whole = expected(runner, home)
+    budget = sum(map(len, whole.values())) + 4 * SHARD + 5000
+    done = runner.run(home, WATCHED, "merge", "recipe.yml", "out", *OPTIONS, "--disk-budget", str(budget))
+    assert done.returncode == 0, done.stderr
+    assert content(home / "out") == whole
+    assert peak(home, done) <= budget
+
+
+def test_stages_are_streamed_and_one_that_must_be_written_is_refused(hub: Hub, runner: Runner, home: Path) -> None:
+    first = "name: first\nmerge_method: linear\nmodels: [{model: org/a}, {model: org/b}]\nparameters: {weight: 1}\n"
+    second = "merge_method: linear\nmodels: [{model: first}, {model: org/base}]\nparameters: {weight: 1}\n"
+    (home / "recipe.yml").write_text(f"{first}---\n{second}")
+    whole = expected(runner, home)
+    budget = str(sum(map(len, whole.values())) + 4 * SHARD + 5000)
+    done = merge(runner, home, "--disk-budget", budget)
+    assert done.returncode == 0, done.stderr
+    assert content(home / "out") == whole
+    ties = "merge_method: ties\nbase_model: org/base\nparameters: {density: 0.5, weight: 1}\n"
+    ties += "models: [{model: org/a}, {model: %s}]\n"
+    (home / "recipe.yml").write_text(f"name: first\n{ties % 'org/b'}---\n{ties % 'first'}")
+    refused = merge(runner, home, "--disk-budget", budget, out="other")
+    assert refused.returncode == 2 and "has to be written whole" in refused.stderr, refused.stderr
+
+
+def test_an_adapter_on_a_model_that_comes_and_goes(hub: Hub, runner: Runner, home: Path) -> None:
+    name = "base_model.model.model.layers.3.up"
+    factors = {f"{name}.lora_A.weight": torch.ones(1, 200), f"{name}.lora_B.weight": torch.ones(200, 1)}
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    lora = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(factors)}
+    hub.add("org/lora", lora)
+    recipe = (home / "recipe.yml").read_text().replace("model: org/a,", "model: org/a+org/lora,")
+    (home / "recipe.yml").write_text(recipe)
+    whole = expected(runner, home)
+    done = merge(runner, home, "--disk-budget", str(sum(map(len, whole.values())) + 4 * SHARD + 5000))
+    assert done.returncode == 0, done.stderr
+    assert content(home / "out") == whole
