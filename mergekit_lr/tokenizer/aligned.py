@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,9 @@ class Origin:
     tensor: str
     rows: Ids
 
+    @cached_property
     def dtype(self) -> torch.dtype:
+        """What it reads as: for a tensor that an adapter changes, not what is stored."""
         return self.checkpoint.read(self.tensor, 0, 0).dtype
 
 
@@ -82,7 +85,7 @@ class AlignedCheckpoint(Checkpoint):
     def _read_dtype(self, name: str, move: Move) -> torch.dtype:
         """The stored dtype where rows are only picked, from models that store alike; else float32."""
         if name not in self._exact:
-            found = {move.own.dtype(), *(o.dtype() for o in move.given)}
+            found = {move.own.dtype, *(o.dtype for o in move.given)}
             lacking = move.own.rows < 0
             sums = sum(((o.rows >= 0) & lacking).astype(np.int64) for o in move.given) if move.given else np.zeros(1)
             plain = len(found) == 1 and int(np.max(sums, initial=0)) <= 1 and not bool(self.table.mean.any())
@@ -158,40 +161,52 @@ class AlignedCheckpoint(Checkpoint):
 def _gather(origin: Origin, rows: Ids, width: int, out: Tensor, *, add: bool) -> None:
     """Bring the rows of a tensor that are asked for (those from 0 on) to their places in ``out``, or add them there."""
     places = np.flatnonzero(rows >= 0)
-    if not len(places):
-        return
-    for picked, low, high in _runs(rows[places], width * 4):
-        raw = origin.checkpoint.read(origin.tensor, low * width, high * width).view(-1, width)
-        at = places[picked]
-        wanted = rows[at]
-        if high - low == len(at) == at[-1] - at[0] + 1 and bool((np.diff(wanted) == 1).all()):
-            _put(out[int(at[0]) : int(at[-1]) + 1], raw, add)
+    dtype = origin.dtype
+    for order, starts, stops in _spans(rows[places], width * dtype.itemsize):
+        lengths = stops - starts
+        offsets = np.cumsum(lengths) - lengths
+        room = torch.empty(int(lengths.sum()) * width * dtype.itemsize, dtype=torch.uint8)
+        for low, high, at in zip(starts.tolist(), stops.tolist(), offsets.tolist(), strict=True):
+            part = room[at * width * dtype.itemsize : (at + high - low) * width * dtype.itemsize]
+            found = origin.checkpoint.read(origin.tensor, low * width, high * width, part)
+            if found.data_ptr() != part.data_ptr():
+                part.view(dtype).copy_(found)
+        read = room.view(dtype).view(-1, width)
+        into, wanted = places[order], rows[places[order]]
+        of_span = np.searchsorted(starts, wanted, side="right") - 1
+        staged = wanted - starts[of_span] + offsets[of_span]
+        as_read = len(staged) == len(read) and bool((np.diff(staged) == 1).all())
+        if as_read and bool((np.diff(into) == 1).all()):
+            target = out[int(into[0]) : int(into[-1]) + 1]
+            target.add_(read) if add else target.copy_(read)
             continue
-        found = raw.index_select(0, torch.from_numpy(wanted - low))
-        into = torch.from_numpy(at)
+        picked = (read if as_read else read[torch.from_numpy(staged)]).to(out.dtype)
+        index = torch.from_numpy(into)
         if add:
-            out.index_add_(0, into, found.to(out.dtype))
+            out.index_add_(0, index, picked)
         else:
-            out.index_copy_(0, into, found.to(out.dtype))
+            out.index_copy_(0, index, picked)
 
 
-def _put(target: Tensor, rows: Tensor, add: bool) -> None:
-    if add:
-        target.add_(rows)
-    else:
-        target.copy_(rows)
+def _spans(rows: Ids, row_bytes: int) -> Iterator[tuple[Ids, Ids, Ids]]:
+    """Runs of rows that are read together: (indices of rows in ascending order of the rows; starts and stops of runs).
 
-
-def _runs(rows: Ids, row_bytes: int) -> Iterator[tuple[Ids, int, int]]:
-    """Rows that are read together: (their indices, ascending; the first row; the one after the last)."""
+    Rows that lie near each other are one run, and one item has runs of about `MOST` bytes in all.
+    """
     order = np.argsort(rows, kind="stable")
     wanted = rows[order]
-    most = max(1, MOST // row_bytes)
-    start = 0
-    breaks = np.flatnonzero(np.diff(wanted) * row_bytes > NEAR) + 1
-    for end in (*breaks.tolist(), len(wanted)):
-        while start < end:
-            stop = int(np.searchsorted(wanted[start:end], wanted[start] + most)) + start
-            low, high = int(wanted[start]), int(wanted[stop - 1]) + 1
-            yield np.sort(order[start:stop]), low, high
-            start = stop
+    near, most = max(1, NEAR // row_bytes), max(1, MOST // row_bytes)
+    begin = 0
+    while begin < len(wanted):
+        # No more rows than `most`, with what lies between near ones.
+        end = min(begin + most, len(wanted))
+        part = wanted[begin:end]
+        gaps = np.diff(part, prepend=part[:1])
+        gaps[gaps > near] = 1
+        end = begin + max(1, int(np.searchsorted(np.cumsum(gaps), most, side="left")))
+        part = wanted[begin:end]
+        breaks = np.flatnonzero(np.diff(part) > near)
+        starts = part[np.concatenate([[0], breaks + 1])]
+        stops = part[np.concatenate([breaks, [len(part) - 1]])] + 1
+        yield order[begin:end], starts, stops
+        begin = end
