@@ -293,3 +293,11 @@ def test_faults_in_such_a_file_are_told_at_their_place(tmp_path: Path, wrong: st
     with pytest.raises(RecipeError) as caught:
         load_moe(path)
     assert message in "\n".join(caught.value.problems)
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    root = Path(__file__).parents[2]
+    rows = json.loads((root / "benchmarks" / "results" / "moe_building.json").read_text())["losses"]
+    page = (root / "docs" / "moe_building.md").read_text()
+    for name, losses in rows.items():
+        assert f"| {name} | {' | '.join(f'{x:.3f}' for x in losses.values())} |" in page
