@@ -169,7 +169,10 @@ def _of_transformers(tensors: Mapping[str, Tensor], config: Mapping[str, Any], w
 
     names = config.get("architectures") or ["AutoModelForCausalLM"]
     kind = getattr(transformers, str(names[0]), None)
-    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
+    known = isinstance(kind, type) and issubclass(
+        kind, (transformers.PreTrainedModel, transformers.AutoModelForCausalLM)
+    )
+    if kind is None or not known:
         raise CheckpointError(f"transformers has no class {names[0]!r}", where=where, why="config.json asks for it")
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -180,7 +183,12 @@ def _of_transformers(tensors: Mapping[str, Tensor], config: Mapping[str, Any], w
             fs.write_file(here / "config.json", _as_json(config))
             write_safetensors(here / "model.safetensors", tensors, {"format": "pt"})
             found, report = kind.from_pretrained(
-                here, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True
+                here,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
