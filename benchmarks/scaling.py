@@ -137,21 +137,37 @@ def overhead(work: Path) -> dict[str, Any]:
     for name in ("threads", "processes", "Ray"):
         Worker.run, processes.FORK_FROM = nothing, 0 if name == "processes" else sys.maxsize  # type: ignore[method-assign]
         worker.do_units = nothing_on_ray
-        began: list[float] = []
-
-        def note(event: Any, name: str = name, began: list[float] = began) -> None:
-            now = time.perf_counter()
-            began.append(now)
-            clock[name] = now - began[0]
-
         how = {"workers": 2} if name == "Ray" else {"threads": 2}
         try:
-            merge(recipe, work / f"empty-{name}", device="cpu", progress=note, **how)
+            with clocked(clock, name):
+                merge(recipe, work / f"empty-{name}", device="cpu", **how)
         finally:
             Worker.run, processes.FORK_FROM, worker.do_units = original, from_bytes, there  # type: ignore[method-assign]
         found[name] = {"seconds": clock[name], "units": UNITS}
     found["unit of 32 MiB"] = real_unit(work)
     return found
+
+
+@contextmanager
+def clocked(into: dict[str, float], name: str) -> Iterator[None]:
+    """Seconds from handing out the first unit to the last one's record; with Ray, planning in the workers too."""
+    from mergekit_lr.cluster.crew import Crew
+    from mergekit_lr.engine import run
+
+    def timed_call(call: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(*arguments: Any) -> None:
+            began = time.perf_counter()
+            call(*arguments)
+            into[name] = time.perf_counter() - began
+
+        return wrapped
+
+    here, there = run.drain, Crew.drain
+    run.drain, Crew.drain = timed_call(here), timed_call(there)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        run.drain, Crew.drain = here, there  # type: ignore[method-assign]
 
 
 def real_unit(work: Path) -> float:

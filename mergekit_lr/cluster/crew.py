@@ -256,6 +256,9 @@ def crew_of(address: str | None, workers: int | None, *, offline: bool = False) 
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:
+        # Ray moves "127.0.0.1" to an outer address, but for this switch, which it reads when it is imported.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
     except ImportError:
@@ -264,6 +267,8 @@ def crew_of(address: str | None, workers: int | None, *, offline: bool = False) 
     if ours:
         _connect(ray, address, workers)
     try:
+        if ours and address is None:
+            _refuse_open_ports(ray)
         yield Crew(ray, workers if address is not None else None, offline)
     finally:
         if ours:
@@ -271,8 +276,7 @@ def crew_of(address: str | None, workers: int | None, *, offline: bool = False) 
 
 
 def _connect(ray: Any, address: str | None, workers: int | None) -> None:
-    quiet = {"include_dashboard": False} if address is None else {}
-    local = {"num_cpus": workers, "object_store_memory": OBJECTS, "_node_ip_address": "127.0.0.1"}
+    local = {"num_cpus": workers, "object_store_memory": OBJECTS, "include_dashboard": False}
     try:
         ray.init(
             address=address or "local",
@@ -280,7 +284,6 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
             logging_level=logging.ERROR,
             log_to_driver=False,
             **(local if address is None else {}),
-            **quiet,
         )
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise ResourceError(
@@ -289,3 +292,15 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
             why=" ".join(str(e).split())[:300],
             fix="start it with `ray start --head`, or check the address",
         ) from e
+
+
+def _refuse_open_ports(ray: Any) -> None:
+    """Whoever reaches Ray's ports can run code: what is started here must be for this machine only."""
+    found = {n["NodeManagerAddress"] for n in ray.nodes()}
+    if found != {"127.0.0.1"}:
+        raise UsageError(
+            "Ray would listen beyond this machine",
+            where=", ".join(sorted(found)),
+            why="it was imported before, and decides that when it is imported",
+            fix="start the cluster yourself with `ray start --head --node-ip-address 127.0.0.1` and give --ray auto",
+        )
