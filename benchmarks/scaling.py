@@ -55,8 +55,10 @@ def timed(into: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def recipe_of(method: dict[str, Any], models: list[Path]) -> dict[str, Any]:
-    entries = [{"model": str(m), "parameters": {"weight": 0.5}} for m in models[1:]]
-    return {**method, "base_model": str(models[0]), "models": entries, "dtype": "bfloat16"}
+    """Two fine-tunes; their base too where the method takes task vectors."""
+    entries = [{"model": str(m), "parameters": {"weight": 0.5}} for m in models[-2:]]
+    base = {} if method is COPY else {"base_model": str(models[0])}
+    return {**method, **base, "models": entries, "dtype": "bfloat16"}
 
 
 def speed(work: Path, size: float, repeats: int) -> dict[str, Any]:
@@ -175,8 +177,7 @@ def real_unit(work: Path) -> float:
     from mergekit_lr import merge
 
     models = [work / "unit" / n for n in make_family(work / "unit", LlamaShape(layers=1, shards=1), 1)]
-    recipe = recipe_of(COPY, models) | {"models": [{"model": str(m), "parameters": {"weight": 0.5}} for m in models]}
-    recipe.pop("base_model")
+    recipe = recipe_of(COPY, models)
     seen: list[float] = []
     taken = []
     for turn in range(3):
