@@ -37,6 +37,7 @@ from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.model import open_file
 from mergekit_lr.checkpoint.writer import FileWriter, write_safetensors
 from mergekit_lr.engine.progress import Progress, ProgressEvent
+from mergekit_lr.engine.target import places_of
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import CheckpointError, UsageError
 from mergekit_lr.lazy import torch
@@ -110,17 +111,16 @@ class Calibration:
             return self._summary()
         if self.out.is_dir():
             raise UsageError("the output is a folder", where=str(self.out), fix="name a file")
-        workspace.check_target(overwrite=overwrite, inputs=[])
-        workspace.claim(resume=resume)
+        workspace.check_target(overwrite=overwrite, inputs=places_of([self.network.checkpoint]), into=True)
+        workspace.claim(resume=resume, overwrite=overwrite)
         try:
             folder = workspace.model
             self._layers(folder, progress)
             self._assemble(folder)
             fs.rename(folder / RESULT, self.out)
-        except BaseException:
+            workspace.discard()
+        finally:
             workspace.release()
-            raise
-        fs.remove_tree(workspace.root)
         return self._summary()
 
     def _committed(self, workspace: Workspace) -> bool:
@@ -132,7 +132,9 @@ class Calibration:
         except CheckpointError:
             return False
         if same:
-            fs.remove_tree(workspace.root)
+            workspace.take()
+            fs.fsync(self.out.parent)
+            workspace.discard()
         return same
 
     def _layers(self, folder: Path, progress: Progress | None) -> None:

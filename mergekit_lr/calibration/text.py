@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.foreign_code import check_loadable
 from mergekit_lr.errors import CheckpointError, UsageError
 from mergekit_lr.lazy import torch
@@ -92,6 +93,7 @@ def read_text(path: Path) -> str:
         CheckpointError: it is missing, empty, too large or not UTF-8.
     """
     try:
+        fs.reading("read", path)
         if path.stat().st_size > MAX_TEXT:
             raise CheckpointError("the text is too large", where=str(path), why=f"over {MAX_TEXT} bytes")
         content = path.read_text(encoding="utf-8")

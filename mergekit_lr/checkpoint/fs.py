@@ -1,15 +1,19 @@
 """The one place through which files are written, so that tests can fail or stop at any operation.
 
 Every function is a thin wrapper of one system call. Anything that creates, changes, renames or removes a file
-of an output goes through here; an injected `hook` sees each operation's name and path before it happens.
+of an output goes through here; an injected `hook` sees each operation's name and path before it happens, and may
+raise an OSError in its place. Reads of inputs pass by a hook of their own. A call that a signal interrupts is begun
+again by Python itself; a write that took less than it was given is gone on with here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
-import shutil
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +22,7 @@ from mergekit_lr.errors import ResourceError
 
 Hook = Callable[[str, str], None]
 _hook: Hook | None = None
+_read_hook: Hook | None = None
 
 
 def set_hook(hook: Hook | None) -> None:
@@ -26,9 +31,32 @@ def set_hook(hook: Hook | None) -> None:
     _hook = hook
 
 
+def set_read_hook(hook: Hook | None) -> None:
+    """Call ``hook("open" or "read", path)`` before an input is opened or read (tests only)."""
+    global _read_hook
+    _read_hook = hook
+
+
+def reading(operation: str, path: str | os.PathLike[str]) -> None:
+    """Announce that an input is about to be opened or read, by whoever does it."""
+    if _read_hook is not None:
+        _read_hook(operation, os.fspath(path))
+
+
 def _announce(operation: str, path: str | os.PathLike[str]) -> None:
     if _hook is not None:
         _hook(operation, os.fspath(path))
+
+
+_FIXES = {
+    errno.ENOSPC: "free some space and run the same command again: it resumes",
+    errno.EDQUOT: "raise the quota or free some space and run the same command again: it resumes",
+    errno.EACCES: "choose a place you may write to, or change its permissions",
+    errno.EPERM: "choose a place you may write to, or change its permissions",
+    errno.EROFS: "choose a place that is not mounted read-only",
+    errno.ENOENT: "create the parent folder first",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 @contextmanager
@@ -37,14 +65,7 @@ def explained(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        fixes = {
-            errno.ENOSPC: "free some space and run the same command again: it resumes",
-            errno.EDQUOT: "raise the quota or free some space and run the same command again: it resumes",
-            errno.EACCES: "choose a place you may write to, or change its permissions",
-            errno.EROFS: "choose a place that is not mounted read-only",
-            errno.ENOENT: "create the parent folder first",
-        }
-        fix = fixes.get(e.errno or 0, "run the same command again once that is mended: it resumes")
+        fix = _FIXES.get(e.errno or 0, "run the same command again once that is mended: it resumes")
         raise ResourceError(f"cannot {doing}", where=os.fspath(path), why=e.strerror or str(e), fix=fix) from e
 
 
@@ -56,7 +77,7 @@ def make_folder(path: Path, *, parents: bool = False) -> None:
 
 
 def create_exclusive(path: Path, data: bytes) -> bool:
-    """Create a file that must not exist yet; False if it does."""
+    """Create a file that must not exist yet; False if it does. For a moment it is there and empty."""
     with explained("create the file", path):
         _announce("create", path)
         try:
@@ -64,9 +85,36 @@ def create_exclusive(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         try:
-            os.write(fd, data)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
         finally:
             os.close(fd)
+    return True
+
+
+def create_whole(path: Path, data: bytes) -> bool:
+    """Create a file that must not exist yet, durable and never seen in part; False if it exists.
+
+    It is written under another name and then linked to its own, which fails where the name is taken.
+    """
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        write_file(draft, data)
+        with explained("create the file", path):
+            _announce("link", path)
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                return False
+            except OSError as e:
+                if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                    raise
+                Path(draft).rename(path)  # no hard links here: the lock alone keeps others out
+    finally:
+        with suppress(ResourceError):  # it goes with its folder
+            remove_file(draft)
+    fsync(path.parent)
     return True
 
 
@@ -104,6 +152,13 @@ def pwrite(fd: int, data: memoryview, offset: int, path: Path) -> None:
             done += os.pwrite(fd, data[done:], offset + done)
 
 
+def truncate(fd: int, size: int, path: Path) -> None:
+    """Cut an open file to ``size`` bytes."""
+    with explained("truncate", path):
+        _announce("truncate", path)
+        os.ftruncate(fd, size)
+
+
 def start_writeback(fd: int, offset: int, length: int) -> None:
     """Let the disk begin on a written range, so that the fsync before the commit finds little left.
 
@@ -118,12 +173,18 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 def append(path: Path, data: bytes) -> None:
-    """Append one record with a single write."""
+    """Append one record, which must bear a torn copy of itself before it, with a single write.
+
+    Others may append too, so a write that took only a part is not gone on with: the whole record is written again.
+    """
     with explained("append", path):
         _announce("append", path)
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(fd, data)
+            for _ in range(5):
+                if os.write(fd, data) == len(data):
+                    return
+            raise OSError(errno.EIO, "only a part of it is written each time")
         finally:
             os.close(fd)
 
@@ -190,9 +251,73 @@ def remove_file(path: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a folder of ours and all in it; links are removed, never followed."""
     with explained("remove", path):
-        _announce("rmtree", path)
-        if path.is_symlink():
-            path.unlink()
-        while path.is_dir() and not path.is_symlink():
-            with suppress(FileNotFoundError):  # another process removes it too: go on with what it left
-                shutil.rmtree(path)
+        try:
+            fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return
+        try:
+            _remove(path, fd)
+        finally:
+            os.close(fd)
+
+
+def _remove(path: Path, parent: int) -> None:
+    """Remove ``path``, whose folder is open as ``parent``: a folder that becomes a link meanwhile is not entered."""
+    try:
+        folder = stat.S_ISDIR(os.stat(path.name, dir_fd=parent, follow_symlinks=False).st_mode)
+        if folder:
+            fd = os.open(path.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+            try:
+                for name in sorted(os.listdir(fd)):  # noqa: PTH208 - of a descriptor
+                    _remove(path / name, fd)
+            finally:
+                os.close(fd)
+        _announce("rmdir" if folder else "unlink", path)
+        (os.rmdir if folder else os.unlink)(path.name, dir_fd=parent)
+    except FileNotFoundError:
+        return
+
+
+def remove_if_empty(path: Path) -> None:
+    """Remove a folder if nothing is in it."""
+    with explained("remove", path):
+        _announce("rmdir", path)
+        try:
+            path.rmdir()
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def try_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock of this file, made if need be; None while another process holds it.
+
+    The kernel takes the lock back when the last process with the descriptor ends, however it ends. Where the file
+    system has no locks the descriptor comes all the same, and only what the file says can keep others out.
+    """
+    with explained("lock", path):
+        while True:
+            _announce("lock", path)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                return None
+            except OSError as e:
+                if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    os.close(fd)
+                    raise
+            if is_at(fd, path):  # its last holder may have removed it between our two calls
+                return fd
+            os.close(fd)
+
+
+def is_at(fd: int, path: Path) -> bool:
+    """Whether the open file is (still) the one with this name."""
+    own = os.fstat(fd)
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.errors import CheckpointError
 
@@ -66,12 +67,14 @@ def read_header(path: Path) -> Header:
         CheckpointError: for anything that is not a well-formed safetensors file.
     """
     try:
+        fs.reading("open", path)
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would otherwise wait for ever
     except OSError as e:
         raise CheckpointError(
             "cannot open the file", where=str(path), why=e.strerror or str(e), fix="check the path"
         ) from e
     try:
+        fs.reading("read", path)
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _bad(path, "it is not a regular file")

@@ -168,6 +168,9 @@ class AdaptedCheckpoint(Checkpoint):
         own = self.stamps[len(self.base.stamps) :]
         return self.base.identity() + [[Path(s.path).name, s.size, s.mtime_ns, s.header] for s in own]
 
+    def places(self) -> list[Path]:
+        return [*super().places(), self.adapter_folder]
+
     @property
     def beneath(self) -> tuple[Checkpoint, ...]:
         return (self.base, self.adapter)

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header, unique_keys
 from mergekit_lr.errors import CheckpointError
@@ -102,6 +103,7 @@ class Checkpoint:
         done = 0
         while done < len(view):
             try:
+                fs.reading("read", path)
                 got = os.preadv(fd, [view[done:]], offset + done)
             except OSError as e:
                 raise CheckpointError(f"cannot read tensor {name!r}", where=str(path), why=e.strerror or str(e)) from e
@@ -121,6 +123,7 @@ class Checkpoint:
         with self._opening:
             if path not in self._descriptors:
                 try:
+                    fs.reading("open", path)
                     self._descriptors[path] = os.open(path, os.O_RDONLY)
                 except OSError as e:
                     why = e.strerror or str(e)
@@ -137,10 +140,10 @@ class Checkpoint:
         return (self.files[name],)
 
     def changed(self) -> list[str]:
-        """Input files that are not what they were when they were opened."""
-        if self.beneath:
-            return list(dict.fromkeys(path for inner in self.beneath for path in inner.changed()))
-        return [s.path for s in self.stamps if not s.still_holds()]
+        """Input files that are not what they were when they were opened: by size, time, inode and header."""
+        headers = {str(p.resolve()): p for p in set(self.files.values())}
+        own = [s.path for s in self.stamps if not s.still_holds() or not _same_header(headers.get(s.path), s.header)]
+        return list(dict.fromkeys([*own, *(path for inner in self.beneath for path in inner.changed())]))
 
     def identity(self) -> list[list[Any]]:
         """What decides whether a later run reads the same bytes: names, sizes, times and header digests.
@@ -153,9 +156,9 @@ class Checkpoint:
 
     def places(self) -> list[Path]:
         """Folders and files that it is read from, as far as an output must not be one of them."""
-        if self.beneath:
-            return list(dict.fromkeys(path for inner in self.beneath for path in inner.places()))
-        return [self.folder or Path(self.stamps[0].path)]
+        own = [] if self.folder is None else [self.folder]
+        found = [*own, *(Path(s.path) for s in self.stamps), *(p for inner in self.beneath for p in inner.places())]
+        return list(dict.fromkeys(found))
 
     def close(self) -> None:
         while self._descriptors:
@@ -168,12 +171,23 @@ class Checkpoint:
         self.close()
 
 
+def _same_header(path: Path | None, digest: str) -> bool:
+    """Whether a safetensors file still has the header that it was opened with; other files are not looked into."""
+    try:
+        return path is None or read_header(path).digest == digest
+    except CheckpointError as e:
+        if isinstance(e.__cause__, OSError):
+            raise  # it cannot be read: that is another thing than a change
+        return False
+
+
 AnyCheckpoint = TypeVar("AnyCheckpoint", bound=Checkpoint)
 
 
 def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
     """A JSON file of an input model; CheckpointError if it is not one, or says a thing twice."""
     try:
+        fs.reading("read", path)
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError("not a regular file", where=str(path), fix="copy the file into the folder")
@@ -220,6 +234,7 @@ def read_plain(folder: Path, name: str, *, most: int) -> bytes:
     """
     path = inside(folder, name)
     try:
+        fs.reading("read", path)
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError("not a regular file", where=str(path), fix="copy the file into the folder")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.dtypes import dtype_code, torch_dtype
 from mergekit_lr.checkpoint.layout import Described, lay_out_file
+from mergekit_lr.errors import ResourceError, UsageError
 from mergekit_lr.lazy import torch
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class FileWriter:
     Raises:
         ValueError: a tensor is unknown, comes twice, has another shape or dtype, or is missing at the end.
         ResourceError: the file system refuses.
+        UsageError: another process is writing the file.
     """
 
     def __init__(self, path: Path, entries: Sequence[Described], metadata: Mapping[str, str] | None = None) -> None:
@@ -47,10 +50,18 @@ class FileWriter:
         self._layout = lay_out_file(path.name, entries, metadata or {})
         self._left = {e.name: e for e in entries}
         [shard] = self._layout.shards
-        fs.remove_file(self.partial)
-        fs.preallocate(self.partial, shard.size)
-        self._fd = fs.open_for_writing(self.partial)
-        fs.pwrite(self._fd, memoryview(shard.header), 0, self.partial)
+        # The lock is held until the file has its name: nobody renames what another has half written.
+        fd = fs.try_lock(self.partial)
+        if fd is None:
+            raise UsageError("another run is writing this file", where=str(path), fix="wait for it, or name another")
+        self._fd = fd
+        try:
+            fs.truncate(fd, 0, self.partial)
+            fs.preallocate(self.partial, shard.size)
+            fs.pwrite(fd, memoryview(shard.header), 0, self.partial)
+        except BaseException:
+            self.discard()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor whole, in the dtype that was announced."""
@@ -67,14 +78,17 @@ class FileWriter:
         """Make the file durable and give it its name."""
         if self._left:
             raise ValueError(f"{len(self._left)} tensors were not written, {min(self._left)!r} among them")
-        self._close()
         fs.fsync(self.partial)
         fs.rename(self.partial, self.path)
+        self._close()
 
     def discard(self) -> None:
-        """Remove what was written."""
-        self._close()
-        fs.remove_file(self.partial)
+        """Remove what was written, unless it has its name."""
+        if self._fd >= 0:
+            with suppress(ResourceError):  # what was wrong before is what matters; the next run removes it
+                if fs.is_at(self._fd, self.partial):
+                    fs.remove_file(self.partial)
+            self._close()
 
     def _close(self) -> None:
         if self._fd >= 0:

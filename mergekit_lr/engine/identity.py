@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from mergekit_lr.checkpoint.model import HUB, Checkpoint, Stamp
+from mergekit_lr.engine.beside import files_beside
 from mergekit_lr.engine.plan import Settings
 from mergekit_lr.recipe import Recipe
 
@@ -32,6 +33,7 @@ def identity(recipe: Recipe, inputs: Mapping[str, Checkpoint], settings: Setting
         "recipe": recipe.digest(),
         "method": hashlib.sha256(source.encode()).hexdigest(),
         "inputs": {m: content_of(c) for m, c in inputs.items()},
+        "files": files_beside(recipe, inputs, times=False),
         "device": settings.device.partition(":")[0],
         "shard_size": settings.shard_size,
     }

@@ -17,6 +17,7 @@ from typing import Any
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.engine.artifacts import compute_artifacts
+from mergekit_lr.engine.beside import texts_of
 from mergekit_lr.engine.identity import identity
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.manifest import make_report, small_files
@@ -35,6 +36,7 @@ from mergekit_lr.engine.progress import Progress
 from mergekit_lr.engine.run import MergeResult, check_shards
 from mergekit_lr.engine.shared_space import Finished, SharedSpace
 from mergekit_lr.engine.shares import cut, touching
+from mergekit_lr.engine.target import places_of
 from mergekit_lr.engine.units import Unit, pending
 from mergekit_lr.errors import MergekitLrError, UsageError
 from mergekit_lr.recipe import Recipe
@@ -104,8 +106,7 @@ def _join(
     space.fingerprint = {**identity(recipe, inputs, settings), "parts": space.count}
     if space.finished():
         raise Finished
-    used = [place for c in inputs.values() for place in c.places()]
-    space.check_target(overwrite=overwrite, inputs=used)
+    space.check_target(overwrite=overwrite, inputs=[*places_of(inputs.values()), *texts_of(recipe)])
     space.join()
 
 

@@ -23,6 +23,7 @@ from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.checkpoint.store import ShardStore
 from mergekit_lr.engine.describe import describe, in_words
+from mergekit_lr.engine.beside import files_beside
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.side_files import carried_over, merged_config
 from mergekit_lr.engine.stages import Write, held_for_stages, open_stage, searches, staged_plans, streamed
@@ -122,15 +123,25 @@ class Plan:
             "method": hashlib.sha256(source.encode()).hexdigest(),
             "graph": self.graph.digest,
             "inputs": {m: self._identity(self.inputs[m]) for m in self.graph.files},
+            "files": files_beside(self.recipe, self._theirs()),
             "shards": [[s.file, s.size] for s in self.layout.shards],
             "device": self.device.partition(":")[0],
         }
 
+    def _theirs(self) -> dict[str, Checkpoint]:
+        """The inputs that were there before; what this run prepared itself is identified by what it was made from."""
+        return {m: self.inputs[m] for m in self.graph.files if not self._own(self.inputs[m])}
+
+    def _own(self, checkpoint: Checkpoint) -> bool:
+        if self.prepared is None:
+            return False
+        folder = self.prepared.resolve()  # as the stamps are, however the output was named
+        return all(Path(s.path).is_relative_to(folder) for s in checkpoint.stamps)
+
     def _identity(self, checkpoint: Checkpoint) -> list[list[Any]]:
         """An input's identity; what this run prepared itself may have been written again since, to the same bytes."""
-        own = self.prepared is not None and all(Path(s.path).is_relative_to(self.prepared) for s in checkpoint.stamps)
         found = checkpoint.identity()
-        return [[name, size, header] for name, size, _, header in found] if own else found
+        return [[name, size, header] for name, size, _, header in found] if self._own(checkpoint) else found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `plan --json` prints it. Sizes in bytes."""

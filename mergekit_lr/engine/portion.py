@@ -76,7 +76,8 @@ def written(plan: Plan, job: Job, unit: Unit) -> list[str]:
     """Digests of the chunks of a unit, as they lie in the shard."""
     place, nbytes = byte_range(plan, unit)
     digests = ChunkDigests()
-    with (job.folder / plan.layout.shards[place[0]].file).open("rb") as f:
+    path = job.folder / plan.layout.shards[place[0]].file
+    with fs.explained("read back", path), path.open("rb") as f:
         f.seek(place[1])
         while nbytes > 0:
             data = f.read(min(nbytes, CHUNK))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.engine.beside import files_beside
 from mergekit_lr.engine.memory import available_cpus, default_limit
 from mergekit_lr.engine.plan import Settings
 from mergekit_lr.engine.progress import Progress, ProgressEvent
@@ -32,6 +33,7 @@ def preparation_of(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Sett
         "recipe": recipe.digest(),
         "method": hashlib.sha256(source.encode()).hexdigest(),
         "inputs": {m: c.identity() for m, c in inputs.items()},
+        "files": files_beside(recipe, inputs),
         "device": settings.device.partition(":")[0],
     }
 
@@ -44,7 +46,7 @@ def run_preparation(
     progress: Progress | None,
     crew: Crew | None = None,
 ) -> Path:
-    """Let the method prepare in the claimed ``space``; returns the folder with what it found out.
+    """Let the method prepare in the claimed ``space``, for its ``preparation``; the folder with what it found out.
 
     With a ``crew`` one of its nodes does it.
 
@@ -52,7 +54,7 @@ def run_preparation(
         UsageError: the folder holds what another run prepared.
     """
     folder = space.root / FOLDER
-    space.match(space.root / "prepared.json", preparation_of(recipe, inputs, settings))
+    space.match(space.root / "prepared.json", space.preparation, (folder,))
     fs.make_folder(folder)
     if crew is not None:
         return crew.prepare(folder)

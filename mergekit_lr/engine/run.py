@@ -15,16 +15,19 @@ from mergekit_lr.checkpoint.push import REPORT, Repository, parse_target
 from mergekit_lr.checkpoint.retry import offline as offline_mode
 from mergekit_lr.checkpoint.store import ShardStore
 from mergekit_lr.engine.artifacts import compute_artifacts
+from mergekit_lr.engine.beside import texts_of
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.manifest import make_report, small_files
 from mergekit_lr.engine.plan import DEFAULT_SHARD, Plan, Settings, planned
 from mergekit_lr.engine.portion import check_inputs_unchanged, drain, job_of, one_thread_each, read_back
-from mergekit_lr.engine.prepare import run_preparation
+from mergekit_lr.engine.prepare import preparation_of, run_preparation
 from mergekit_lr.engine.progress import Progress
 from mergekit_lr.engine.streaming import Streaming
+from mergekit_lr.engine.target import places_of
 from mergekit_lr.engine.together import refuse_together
-from mergekit_lr.engine.workspace import Workspace
-from mergekit_lr.errors import UsageError, VerificationError
+from mergekit_lr.engine.units import pending
+from mergekit_lr.engine.workspace import PREPARED, Workspace, digest_of
+from mergekit_lr.errors import ResourceError, UsageError, VerificationError
 from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.sizes import parse_size
 
@@ -141,6 +144,9 @@ def _merge(
     """Plan and run; ``how`` are the arguments of `planned`."""
 
     def prepare(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings) -> Path:
+        space.preparation = preparation_of(recipe, inputs, settings)
+        if resume and space.committed(prepared=True):
+            raise _Done
         space.reserve(resume=resume, overwrite=overwrite)
         if crew is not None:
             crew.begin(recipe, how, space)
@@ -154,8 +160,8 @@ def _merge(
                 why="there is a disk budget, and its output is as large as a model",
                 fix="merge that stage by itself first, or leave out --disk-budget",
             )
-        if not space.held:
-            space.reserve(resume=resume, overwrite=overwrite)
+        if not space.held:  # an output beside unfinished work may be this run's own, as `run` finds out
+            space.reserve(resume=resume, overwrite=overwrite or space.root.exists())
         return write_stage(space, name, stage, how, progress)
 
     here: dict[str, Any] = {"write": write} if crew is None else {"threads": 1, "elsewhere": True}
@@ -174,6 +180,8 @@ def _merge(
                 crew=crew,
                 how=how,
             )
+    except _Done:
+        return _again(target, streaming.target if streaming is not None else None)
     finally:
         space.release()
 
@@ -213,13 +221,12 @@ def run(
     target = None if streaming is None else streaming.target
     if resume and space.committed():
         return _again(out, target)
-    used = [place for c in plan.inputs.values() for place in c.places()]
-    space.check_target(overwrite=overwrite, inputs=used)
+    space.check_target(overwrite=overwrite, inputs=read_from(plan))
     if crew is not None:
         if not space.held:
-            space.reserve(resume=resume)
+            space.reserve(resume=resume, overwrite=overwrite)
         crew.begin(plan.recipe, how or {}, space)
-    space.claim(resume=resume)
+    space.claim(resume=resume, overwrite=overwrite)
     try:
         published = target is not None and target.claim(overwrite=overwrite, fingerprint=space.digest)
         if published and streaming is not None and not streaming.releases:
@@ -235,12 +242,14 @@ def run(
                     with one_thread_each():
                         compute_artifacts(plan, job)
                         drain(plan, job, plan.units, progress)
+                check_all_done(plan, job)
             elif not (published and streaming.releases):
                 streaming.begin(plan, space, job)
                 read_back(plan, job, streaming.on_disk(plan, job))
                 with one_thread_each():
                     compute_artifacts(plan, job, fork=False)
                     streaming.drain(plan, space, job, progress)
+                check_all_done(plan, job)
         finally:
             job.close()
         check_inputs_unchanged(plan)
@@ -248,6 +257,8 @@ def run(
             return _finish_on_hub(plan, space, job, streaming, target, began, published)
         check_shards(plan, space.model)
         report = make_report(plan, job, space.digest, time.monotonic() - began)
+        if space.preparation:
+            report["run"][PREPARED] = digest_of(space.preparation)
         small = small_files(plan, report)
         commit = ""
         if target is not None and streaming is not None:
@@ -292,6 +303,7 @@ def write_stage(
     space = Workspace(out)
 
     def prepare(recipe: Recipe, inputs: dict[str, Checkpoint], settings: Settings) -> Path:
+        space.preparation = preparation_of(recipe, inputs, settings)
         space.reserve(resume=True)
         with one_thread_each():
             return run_preparation(recipe, inputs, settings, space, progress)
@@ -309,10 +321,39 @@ def write_stage(
         space.release()
 
 
+class _Done(Exception):
+    """There is nothing left to do."""
+
+
+def read_from(plan: Plan) -> list[Path]:
+    """Where the inputs are: models, files beside them and texts, but not what this run prepared itself."""
+    places = places_of(plan.inputs.values())
+    own = plan.prepared.resolve() if plan.prepared is not None else None
+    return [p for p in (*places, *texts_of(plan.recipe)) if own is None or not p.resolve().is_relative_to(own)]
+
+
+def check_all_done(plan: Plan, job: Job) -> None:
+    """Every unit must be in the journal before anything is called done."""
+    if pending(plan.units, plan.graph, job.journal.done):
+        raise ResourceError(
+            "the journal does not say what was done",
+            where=str(job.journal.path),
+            why="lines of it were lost after they were written",
+            fix="run the same command again: it resumes",
+        )
+
+
 def check_shards(plan: Plan, folder: Path) -> None:
     """Read our own headers back with the strict reader before anything can load them."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for shard in plan.layout.shards:
+        if not (folder / shard.file).exists():
+            raise ResourceError(
+                "a shard is gone",
+                where=str(folder / shard.file),
+                why="another run, or somebody, removed it while it was written",
+                fix="run the same command again",
+            )
         header = read_header(folder / shard.file)
         found.update({t.name: (t.dtype, t.shape) for t in header.tensors.values()})
     wanted = {s.name: (s.dtype, s.shape) for s in plan.graph.sinks}

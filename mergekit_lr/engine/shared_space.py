@@ -25,7 +25,8 @@ from typing import Any
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.engine.journal import Journal
-from mergekit_lr.engine.workspace import SHARED, Workspace, is_alive, this_process
+from mergekit_lr.engine.lock import is_alive, this_process
+from mergekit_lr.engine.workspace import SHARED, Workspace
 from mergekit_lr.errors import ResourceError, UsageError
 
 POLL = 0.5  # seconds between looks at what another part is making

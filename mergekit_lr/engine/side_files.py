@@ -57,6 +57,8 @@ def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str
                 files[name], told = _as_it_is(folder, name)
                 warnings += [f"{checkpoint.reference}: {t}" for t in told]
             except CheckpointError as e:  # not followed, not waited for, not read; and said
+                if isinstance(e.__cause__, OSError):
+                    raise  # the disk, not the file
                 warnings.append(f"{checkpoint.reference}: {name} is not carried over ({e})")
     return files, warnings
 

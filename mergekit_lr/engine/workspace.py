@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,55 +19,82 @@ from typing import Any
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.engine.journal import Journal
+from mergekit_lr.engine.lock import FolderLock
+from mergekit_lr.engine.target import refuse_inputs
 from mergekit_lr.errors import ResourceError, UsageError
 
 SHARED = "shared"
 """The folder that says that the work is done in parts; see `mergekit_lr.engine.shared_space`."""
 
+PREPARED = "preparation"
+"""The key in a report's ``run`` for the digest of what was prepared for it."""
+
+MARKS = ("lock", "plan.json", "prepared.json", SHARED, "statistics", "inputs", "stages")
+"""What files and folders begin with by which a folder is known to be a run's."""
+
 
 @dataclass
 class Workspace:
-    """Paths of one run. ``fingerprint`` decides whether earlier work may be used. ``held``: the lock is ours."""
+    """Paths of one run. ``fingerprint`` decides whether earlier work may be used, ``preparation`` whether what was
+    prepared for it may."""
 
     out: Path
     fingerprint: dict[str, Any] = field(default_factory=dict)
-    held: bool = False
+    preparation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.out.name in ("", ".."):
+            raise UsageError("the output has no name", where=str(self.out), fix="name a folder, such as out")
         self.root = self.out.with_name(self.out.name + ".partial")
         self.model = self.root / "model"
         self.plan = self.root / "plan.json"
-        self.lock = self.root / "lock"
+        self.replaced = self.root / "replaced"
+        self._lock = FolderLock(self.root / "lock")
 
-    def check_target(self, *, overwrite: bool, inputs: list[Path]) -> None:
-        """Refuse to write over an input, or over anything without being told to."""
-        target = self.out.resolve()
-        for used in inputs:
-            own = used.resolve()
-            if own == target or target in own.parents:
-                raise UsageError("the output is one of the inputs", where=str(self.out), fix="write to another folder")
-        if (self.out.exists() or self.out.is_symlink()) and not overwrite:
-            raise UsageError(
-                "the output exists already", where=str(self.out), fix="choose another name, or pass --overwrite"
-            )
+    @property
+    def held(self) -> bool:
+        """Whether the lock is ours."""
+        return self._lock.held
+
+    def check_target(self, *, overwrite: bool, inputs: Sequence[Path], into: bool = False) -> None:
+        """Refuse to write over an input or (but for ``into``) inside one, or over anything without being told to."""
+        self._check_writable()
+        refuse_inputs(self.out, self.root, inputs, into=into)
+        if not overwrite and os.path.lexists(self.out):
+            raise self._exists()
+
+    def _exists(self) -> UsageError:
+        return UsageError(
+            "the output exists already", where=str(self.out), fix="choose another name, or pass --overwrite"
+        )
 
     @property
     def digest(self) -> str:
         """sha256 of the fingerprint; the report carries it, so that an output says which run made it."""
-        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.fingerprint)
 
-    def committed(self) -> bool:
-        """Whether this very run was renamed into place before and was killed before it tidied up."""
-        report = self.out / "merge_report.json"
-        if not self.root.exists() or self.model.exists() or not report.is_file():
+    def committed(self, *, prepared: bool = False) -> bool:
+        """Whether this very run was renamed into place before and was killed before it tidied up.
+
+        The output's report tells, by the digest of the fingerprint or, with ``prepared``, of the preparation.
+        """
+        report = _read(self.out / "merge_report.json") or {}
+        if prepared:
+            same = (report.get("run") or {}).get(PREPARED) == digest_of(self.preparation)
+        else:
+            same = report.get("fingerprint") == self.digest
+        return same and self.tidied_up()
+
+    def tidied_up(self) -> bool:
+        """Do what was left to do after a rename into place, if it was made and left that."""
+        if not self.root.exists():
             return False
-        try:
-            same = bool(json.loads(report.read_bytes()).get("fingerprint") == self.digest)
-        except (ValueError, AttributeError):
+        self.take()
+        if self.model.exists():
             return False
-        if same:
-            fs.remove_tree(self.root)
-        return same
+        fs.fsync(self.out.parent)  # the rename may have been the last that was done
+        self.discard()
+        return True
 
     def holds(self, layout: Layout) -> bool:
         """Whether ``OUT`` is what this very run makes, and all there."""
@@ -85,12 +112,12 @@ class Workspace:
         except (OSError, ValueError):
             return False
 
-    def claim(self, *, resume: bool) -> None:
+    def claim(self, *, resume: bool, overwrite: bool = True) -> None:
         """Create or take over ``OUT.partial``; start afresh unless resuming finds the same fingerprint."""
         if not self.held:
-            self.reserve(resume=resume)
+            self.reserve(resume=resume, overwrite=overwrite)
         try:
-            self.match(self.plan, self.fingerprint)
+            self.match(self.plan, self.fingerprint, (self.model, self.root / "parts", self.root / "journal"))
         except BaseException:
             self.release()
             raise
@@ -99,44 +126,66 @@ class Workspace:
     def reserve(self, *, resume: bool, overwrite: bool = True) -> None:
         """Take ``OUT.partial`` for this process; empty it unless resuming."""
         self._check_writable()
-        if not overwrite and not self.root.exists():
-            self.check_target(overwrite=False, inputs=[])
-        if not resume:
-            self._check_lock()
-            fs.remove_tree(self.root)
-        fs.make_folder(self.root)
-        self._take_lock()
-        self.held = True
-        if (self.root / SHARED).exists():
+        if not overwrite and os.path.lexists(self.out):
+            raise self._exists()
+        self.take()
+        try:
+            if not overwrite and os.path.lexists(self.out):
+                raise self._exists()  # also where somebody finished it while we asked for the lock
+            if not resume:
+                self._give_back_replaced()
+                self._empty()
+            if (self.root / SHARED).exists():
+                raise UsageError(
+                    "the unfinished work there is done in parts",
+                    where=str(self.root),
+                    fix="run the parts that are missing with --part, or pass --restart to discard it",
+                )
+        except BaseException:
             self.release()
+            raise
+
+    def take(self) -> None:
+        """Take the lock; refuse a folder of that name that no run made."""
+        if self.held:
+            return
+        with fs.explained("look into", self.root):
+            folder = self.root.is_dir() and not self.root.is_symlink()
+            found = {p.name for p in self.root.iterdir()} if folder else set()
+        if not folder and os.path.lexists(self.root):
+            found = {self.root.name}
+        if found and not (folder and any(n.startswith(m) for n in found for m in MARKS)):
             raise UsageError(
-                "the unfinished work there is done in parts",
+                "this is where the run would work, and something else is there",
                 where=str(self.root),
-                fix="run the parts that are missing with --part, or pass --restart to discard it",
+                why=f"it holds {min(found)!r} and is no run's",
+                fix="move it, or choose another output",
             )
+        self._lock.take()
 
     def _check_writable(self) -> None:
         parent = self.out.parent
-        if not parent.is_dir():
+        with fs.explained("look at the output's place", parent):
+            there = parent.is_dir()
+        if not there:
             raise ResourceError("the output's parent folder does not exist", where=str(parent), fix="create it first")
 
-    def match(self, path: Path, fingerprint: dict[str, Any]) -> None:
+    def match(self, path: Path, fingerprint: dict[str, Any], stale: Sequence[Path] = ()) -> None:
         """Write down what is being done, or compare with what an earlier run wrote down.
+
+        ``stale``: what can only be of another run if nothing is written down; it is removed.
 
         Raises:
             UsageError: they differ.
         """
         wanted = json.dumps(fingerprint, sort_keys=True, indent=1).encode()
-        if not path.exists():
-            fs.write_file(path, wanted)
-            return
-        try:
-            before = json.loads(path.read_bytes())
-        except ValueError:
-            before = None  # killed while it was being written: nothing was done yet
+        before = _read(path)
         if before is None:
-            fs.write_file(path, wanted)
-            return
+            for old in (path, *stale):
+                fs.remove_tree(old)
+            if fs.create_whole(path, wanted):
+                return
+            before = _read(path) or {}
         after = json.loads(wanted)
         if before != after:
             changed = sorted(k for k in {*before, *after} if before.get(k) != after.get(k))
@@ -163,14 +212,14 @@ class Workspace:
     def _check_space(self, layout: Layout) -> None:
         stat = os.statvfs(self.root)
         held = sum(p.stat().st_blocks * 512 for p in self.model.glob("*.safetensors"))
-        needed = int(layout.file_bytes * 1.02) - held
+        needed = layout.file_bytes + layout.file_bytes // 50 - held
         free = stat.f_bavail * stat.f_frsize
         if needed > free:
             raise ResourceError(
-                f"the output needs {needed / 2**20:.0f} MiB more",
+                f"the output needs {needed} bytes more ({needed / 2**20:,.0f} MiB, 2 % to spare)",
                 where=str(self.root),
-                why=f"{free / 2**20:.0f} MiB are free",
-                fix="free some space and run the same command again",
+                why=f"{free} bytes ({free / 2**20:,.0f} MiB) are free",
+                fix="free some space and run the same command again: it resumes",
             )
 
     def journal(self) -> Journal:
@@ -179,7 +228,7 @@ class Workspace:
     def commit(self, files: dict[str, bytes], layout: Layout, *, overwrite: bool) -> None:
         """Make everything durable, then rename. ``files`` are the small ones: index, config, card, report."""
         for shard in layout.shards:
-            fs.fsync(self.model / shard.file)
+            self._make_durable(self.model / shard.file)
         folders = sorted({f.parent for f in map(Path, files)} - {Path()})
         for folder in folders:
             fs.make_folder(self.model / folder)
@@ -188,83 +237,82 @@ class Workspace:
         self._remove_strays({s.file for s in layout.shards} | set(files))
         for folder in [*folders, Path()]:
             fs.fsync(self.model / folder)
-        aside = self.root / "replaced"
-        if overwrite and (self.out.exists() or self.out.is_symlink()):
-            fs.rename(self.out, aside)
-        fs.rename(self.model, self.out)
-        fs.remove_tree(self.root)
+        self._swap(overwrite)
+        self.discard()
+
+    def _make_durable(self, shard: Path) -> None:
+        """fsync; what the disk refused once is done again, for the kernel may since take it for written."""
+        try:
+            fs.fsync(shard)
+        except ResourceError:
+            with suppress(ResourceError):
+                fs.remove_file(shard)
+            raise
+
+    def _swap(self, overwrite: bool) -> None:
+        """Put the finished model in the output's place; what was there is kept until it is."""
+        if os.path.lexists(self.out):
+            if not overwrite:
+                raise self._exists()
+            fs.remove_tree(self.replaced)
+            fs.rename(self.out, self.replaced)
+        try:
+            fs.rename(self.model, self.out)
+        except ResourceError as e:
+            self._give_back_replaced()
+            if not overwrite and os.path.lexists(self.out) and self.model.exists():
+                raise self._exists() from e  # it came while this run was at work
+            raise
+
+    def _give_back_replaced(self) -> None:
+        """Undo the first half of a swap whose second half never came."""
+        if os.path.lexists(self.replaced) and not os.path.lexists(self.out):
+            with suppress(ResourceError):
+                fs.rename(self.replaced, self.out)
 
     def abandon(self) -> None:
         """Remove the workspace: all that it was for is elsewhere and durable."""
-        fs.remove_tree(self.root)
+        self.discard()
 
     def _remove_strays(self, wanted: set[str]) -> None:
         for path in [p for p in self.model.rglob("*") if not p.is_dir()]:
             if path.relative_to(self.model).as_posix() not in wanted:
                 fs.remove_file(path)
 
-    def _take_lock(self) -> None:
-        while not fs.create_exclusive(self.lock, json.dumps(this_process()).encode()):
-            self._check_lock()
-            fs.remove_file(self.lock)
+    def _empty(self) -> None:
+        """Remove everything but the lock; last what says that the folder is a run's."""
+        with fs.explained("look into", self.root):
+            names = sorted((p.name for p in self.root.iterdir()), key=lambda n: (n in MARKS, n))
+        for name in names:
+            if name != "lock":
+                fs.remove_tree(self.root / name)
 
-    def _check_lock(self) -> None:
-        """Refuse while another live process holds the lock. One left by a dead process does not count."""
-        try:
-            holder = json.loads(self.lock.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return
-        if isinstance(holder, dict) and is_alive(holder):
-            raise UsageError(
-                "another run is writing this output",
-                where=str(self.root),
-                why=f"process {holder.get('pid')} on {holder.get('host')}",
-                fix=_if_held(holder, self.lock),
-            )
+    def discard(self) -> None:
+        """Remove ``OUT.partial``, the lock last: until then nobody else takes the folder for theirs."""
+        self._empty()
+        self._lock.release()
+        fs.remove_if_empty(self.root)
 
     def release(self) -> None:
-        """Let others have the unfinished work, if it is ours and there is any."""
-        if self.held and self.lock.exists():
-            fs.remove_file(self.lock)
-        self.held = False
+        """Let others have the unfinished work, if it is ours; an empty folder goes.
+
+        That the lock's file stays, where it cannot be removed, does no harm: the kernel's lock is gone.
+        """
+        if self.held:
+            with suppress(ResourceError):
+                self._lock.release()
+                fs.remove_if_empty(self.root)
 
 
-def _if_held(holder: dict[str, Any], lock: Path) -> str:
-    if holder.get("host") == socket.gethostname():
-        return "wait for it, or choose another output"
-    return f"wait for it, or choose another output; if that machine is gone remove {lock}"
+def digest_of(fingerprint: dict[str, Any]) -> str:
+    """sha256 of what a run was asked for."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
-def this_process() -> dict[str, Any]:
-    """Enough to tell, on the same machine, whether this process still runs."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(), "began": _began(os.getpid())}
-
-
-def _boot() -> str:
+def _read(path: Path) -> dict[str, Any] | None:
+    """What an earlier run wrote down; None where there is nothing that can be read."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _began(pid: int) -> str:
-    """When a process started, so that a recycled pid is not taken for its former owner."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the process that wrote this down still runs; one of another machine is believed to."""
-    if holder.get("host") != socket.gethostname():
-        return True  # it cannot be asked; believing it costs a retry, not believing it a corrupted output
-    if holder.get("boot") != _boot():
-        return False
-    try:
-        os.kill(int(holder.get("pid", 0)), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return bool(_began(int(holder["pid"])) == holder.get("began"))
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

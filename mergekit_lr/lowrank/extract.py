@@ -22,6 +22,7 @@ from mergekit_lr.engine.memory import available_cpus, default_limit
 from mergekit_lr.engine.plan import choose_device
 from mergekit_lr.engine.portion import one_thread_each
 from mergekit_lr.engine.progress import Progress, ProgressEvent
+from mergekit_lr.engine.target import places_of
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import CheckpointError, NonFiniteError, ResourceError, UsageError, join_problems
 from mergekit_lr.lowrank.adapters import read_whole
@@ -91,10 +92,9 @@ def extract_lora(
         space = Workspace(Path(out), _fingerprint(work, embeddings, include, exclude))
         if resume and space.committed():
             return Extracted(space.out, json.loads((space.out / REPORT).read_bytes()))
-        inputs = [c.folder or Path(c.stamps[0].path) for c in (new, old)]
-        space.check_target(overwrite=overwrite, inputs=inputs)
+        space.check_target(overwrite=overwrite, inputs=places_of((new, old)))
         workers = _workers(work, max_memory, threads)
-        space.claim(resume=resume)
+        space.claim(resume=resume, overwrite=overwrite)
         try:
             fs.make_folder(space.root / "parts")
             with one_thread_each():
