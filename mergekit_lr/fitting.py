@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.checkpoint.writer import Entry, FileWriter
@@ -99,7 +100,7 @@ def fit_scales(
             checkpoint.close()
     facts = {"kind": "row scales", "steps": str(losses.index(min(losses))), "samples": str(samples)}
     for i, path in enumerate(files):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        fs.make_folder(path.parent, parents=True)
         with FileWriter(path, [Entry(f"{n}.scale", "F32", tuple(s.shape)) for n, s in fit.best[i].items()], facts) as w:
             for name, s in fit.best[i].items():
                 w.write(f"{name}.scale", s.cpu())

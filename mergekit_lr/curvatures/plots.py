@@ -25,7 +25,7 @@ def draw(report: CurvatureReport, folder: str | Path) -> list[Path]:
     except ImportError as e:
         raise UsageError("plots need matplotlib", fix="pip install 'mergekit-lr[plot]'") from e
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    fs.make_folder(place, parents=True)
     names = [Path(m).name for m in report.models]
 
     def page(title: str, tables: dict[str, dict[str, Tally]], value: Any, legend: list[str], file: str) -> Path:

@@ -6,6 +6,7 @@ al., arXiv 2110.06296). Zero means that the two are linearly connected.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mergekit_lr.checkpoint import fs
 from mergekit_lr.errors import RecipeError, UsageError
 from mergekit_lr.matching.many import interpolated
 from mergekit_lr.matching.network import network_of
@@ -107,7 +109,7 @@ def barrier(
                 out = here / f"{kind}-{i}"
                 mergekit_lr.merge(_at(loaded, names, kind, t, saved), out, device=device)
                 losses.append(loss(out))
-                _remove(out)
+                fs.remove_tree(out)
         layers = _layers(names, saved, merge.matching)  # type: ignore[attr-defined]
         return {
             "models": names,
@@ -181,12 +183,6 @@ def _layers(names: Sequence[str], saved: Path, matching: How) -> list[dict[str, 
     ]
 
 
-def _remove(folder: Path) -> None:
-    from mergekit_lr.checkpoint import fs
-
-    fs.remove_tree(folder)
-
-
 def write_plot(result: Mapping[str, Any], path: Path) -> None:
     """The two curves, and every matrix's agreement before and after, as a PNG.
 
@@ -214,4 +210,6 @@ def write_plot(result: Mapping[str, Any], path: Path) -> None:
     layers.set_ylabel("agreement of singular directions")
     layers.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:] or "png", metadata={"Software": None})
+    fs.write_file(path, picture.getvalue())
