@@ -141,8 +141,13 @@ class Checkpoint:
 
     def changed(self) -> list[str]:
         """Input files that are not what they were when they were opened: by size, time, inode and header."""
+        theirs = {stamp for inner in self.beneath for stamp in inner.stamps}
         headers = {str(p.resolve()): p for p in set(self.files.values())}
-        own = [s.path for s in self.stamps if not s.still_holds() or not _same_header(headers.get(s.path), s.header)]
+        own = [
+            s.path
+            for s in self.stamps
+            if s not in theirs and not (s.still_holds() and _same_header(headers.get(s.path), s.header))
+        ]
         return list(dict.fromkeys([*own, *(path for inner in self.beneath for path in inner.changed())]))
 
     def identity(self) -> list[list[Any]]:

@@ -22,8 +22,8 @@ from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.checkpoint.store import ShardStore
-from mergekit_lr.engine.describe import describe, in_words
 from mergekit_lr.engine.beside import files_beside
+from mergekit_lr.engine.describe import describe, in_words
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.side_files import carried_over, merged_config
 from mergekit_lr.engine.stages import Write, held_for_stages, open_stage, searches, staged_plans, streamed

@@ -181,7 +181,7 @@ def _merge(
                 how=how,
             )
     except _Done:
-        return _again(target, streaming.target if streaming is not None else None)
+        return _again(space.out, streaming.target if streaming is not None else None)
     finally:
         space.release()
 

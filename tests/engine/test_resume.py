@@ -121,13 +121,11 @@ def test_a_changed_run_is_not_resumed(interrupted, change):
 def test_a_live_run_keeps_others_out(interrupted, tmp_path):
     recipe, out, _ = interrupted
     lock = tmp_path / "out.partial" / "lock"
-    from mergekit_lr.engine.workspace import this_process
+    from mergekit_lr.engine.lock import began, this_process
 
     holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        from mergekit_lr.engine.workspace import _began
-
-        lock.write_text(json.dumps(this_process() | {"pid": holder.pid, "began": _began(holder.pid)}))
+        lock.write_text(json.dumps(this_process() | {"pid": holder.pid, "began": began(holder.pid)}))
         for resume in (True, False):
             with pytest.raises(UsageError, match=f"another run.*process {holder.pid}"):
                 merge(recipe, out, device="cpu", resume=resume)
