@@ -149,10 +149,12 @@ REMOVALS = [
 ]  # fmt: skip
 
 
-def copy_without(removal: Removal, target: Path) -> None:
-    """A copy of the package at ``target`` in which one protection is missing."""
+def copy_without(removal: Removal | None, target: Path) -> None:
+    """A copy of the package at ``target`` in which one protection is missing, or none."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "mergekit_lr", target / "mergekit_lr", ignore=ignored)
+    if removal is None:
+        return
     path = target / removal.file
     text = path.read_text(encoding="utf-8")
     assert text.count(removal.old) == 1, (
@@ -161,29 +163,46 @@ def copy_without(removal: Removal, target: Path) -> None:
     path.write_text(text.replace(removal.old, removal.new), encoding="utf-8")
 
 
-def fails_without(removal: Removal) -> bool:
-    """Whether the row's tests fail once its protection is gone."""
+def fails_without(removal: Removal | None, test: str = "") -> bool:
+    """Whether the row's tests fail once its protection is gone; without a removal, whether ``test`` fails anyway."""
     with tempfile.TemporaryDirectory(prefix="without-") as room:
         copy_without(removal, Path(room))
-        environment = {**os.environ, "PYTHONPATH": room, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": room,
+            "PYTHONSAFEPATH": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         program = (
             "import mergekit_lr, pathlib, sys, pytest, resource;"
             f"assert pathlib.Path(mergekit_lr.__file__).is_relative_to({room!r}), mergekit_lr.__file__;"
             "resource.setrlimit(resource.RLIMIT_AS, (16 << 30,) * 2);"
             "sys.exit(pytest.main(sys.argv[1:]))"
         )
-        command = [sys.executable, "-c", program, "-q", "-x", "-p", "no:cacheprovider", *removal.test.split()]
+        command = [
+            sys.executable,
+            "-c",
+            program,
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            *(removal.test if removal else test).split(),
+        ]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode in (0, 1), done.stdout + done.stderr
+        said = done.stdout + done.stderr
+        assert (done.returncode, " failed" in done.stdout) in ((0, False), (1, True)), said
         return done.returncode == 1
 
 
 def main(rows: list[int]) -> int:
     unguarded = 0
+    chosen = [r for r in REMOVALS if not rows or r.row in rows]
+    for test in dict.fromkeys(r.test for r in chosen):
+        assert not fails_without(None, test), f"{test} fails in a whole copy too"
     print(f"{'row':<4} {'protection taken out':<50} {'its test':<48} outcome")
-    for removal in REMOVALS:
-        if rows and removal.row not in rows:
-            continue
+    for removal in chosen:
         failed = fails_without(removal)
         unguarded += not failed
         outcome = "fails" if failed else "STILL PASSES"

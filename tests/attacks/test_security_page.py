@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from removal import REMOVALS, fails_without
+from removal import REMOVALS, Removal, fails_without
 from staging import ATTACKS
 
 ROOT = Path(__file__).parents[2]
@@ -67,5 +67,11 @@ def test_what_is_taken_out_is_still_there() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("removal", REMOVALS, ids=lambda r: f"{r.row}-{r.protection.replace(' ', '_')}")
-def test_without_its_protection_a_row_fails(removal: object) -> None:
-    assert fails_without(removal)  # type: ignore[arg-type]
+def test_without_its_protection_a_row_fails(removal: Removal) -> None:
+    assert fails_without(removal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", dict.fromkeys(r.test for r in REMOVALS))
+def test_with_every_protection_a_copy_passes(test: str) -> None:
+    assert not fails_without(None, test)
