@@ -161,5 +161,7 @@ def test_shared_experts_and_router_biases(family: str, tmp_path: Path) -> None:
 
     assert found() == []
     assert any("12" in p and part in p for p in found(**{key: 3}))
+    flat = f"{block}.gate.e_score_correction_bias"
+    assert found(tensors={flat: torch.ones(1, 4)}) == []
     spoilt = {f"{block}.gate.e_score_correction_bias": torch.ones(3)}
     assert any("4 experts, but" in p and "correction_bias" in p for p in found(tensors=spoilt))
