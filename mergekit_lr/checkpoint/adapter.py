@@ -118,16 +118,16 @@ def read_config(folder: Path) -> AdapterConfig:
         return CheckpointError(what, where=str(path), fix=fix or "merge it into its base with PEFT first")
 
     if raw.get("peft_type") != "LORA":
-        raise wrong(f"peft_type is {raw.get('peft_type')!r}; only LORA adapters are applied")
+        raise wrong(f"peft_type is {str(raw.get('peft_type'))[:60]!r}; only LORA adapters are applied")
     init = raw.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise wrong(
-            f"init_lora_weights is {init!r}, which moves part of the base weights into the adapter",
+            f"init_lora_weights is {str(init)[:60]!r}, which moves part of the base weights into the adapter",
             "save it again with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
         )
     unknown = sorted(k for k, v in raw.items() if k not in _NEUTRAL | _USED and v not in (None, False, [], {}))
     if unknown:
-        raise wrong(f"the setting {unknown[0]!r} ({str(raw[unknown[0]])[:60]}) is not supported")
+        raise wrong(f"the setting {unknown[0][:60]!r} ({str(raw[unknown[0]])[:60]}) is not supported")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if type(rank) is not int or rank < 1 or alpha is None or not _is_number(alpha):
         raise wrong("r and lora_alpha must be numbers, r at least 1", "mend the adapter's configuration")

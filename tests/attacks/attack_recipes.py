@@ -10,11 +10,13 @@ from staging import attack, main, refused
 
 from mergekit_lr.errors import RecipeError
 from mergekit_lr.recipe import load_recipe
+from mergekit_lr.registry import builtin_methods
 
 GOOD = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
 
 
 def rejected(text: str, match: str) -> str:
+    builtin_methods()  # the first recipe imports the methods, and torch
     began = time.process_time()
     try:
         load_recipe(text)
@@ -89,7 +91,7 @@ def merge_key(room: Path) -> str:
 @attack(20)
 def second_document(room: Path) -> str:
     """a second document behind the first, which some readers take instead"""
-    return rejected(GOOD + "---\nmerge_method: ties\n", "a second YAML document")
+    return rejected(GOOD + "---\nmerge_method: ties\n", "the second recipe without a name")
 
 
 @attack(20)
