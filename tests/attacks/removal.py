@@ -123,7 +123,7 @@ REMOVALS = [
     ),
     Removal(
         29, "tensors that a model lacks are an error", "mergekit_lr/graph/build.py",
-        "        part = missing_part(name, self.inputs[model], self.inputs[self.reference])\n", "        return\n",
+        "        self.parts = self.parts or Parts(self.inputs[self.reference])\n", "        return\n",
         "tests/engine/test_merge.py -k missing_tensors",
     ),
     Removal(
