@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.lora import AdaptedCheckpoint
-from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.model import Checkpoint, read_plain
 from mergekit_lr.engine.side_files import LARGEST_FILE, OTHER_FILES, TOKENIZER_FILES
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.recipe import Recipe
@@ -30,7 +30,7 @@ def files_beside(recipe: Recipe, inputs: Mapping[str, Checkpoint], *, times: boo
             if folder is None:
                 continue
             for name in BESIDE:
-                digest = _content(folder / name, most=LARGEST_FILE)
+                digest = _side_file(folder, name)
                 if digest:
                     found[f"{model}/{name}"] = digest
     for text in texts_of(recipe):
@@ -51,15 +51,25 @@ def _measured(recipe: Recipe) -> Iterable[Path]:
     return [Path(n) for n in named if n and n.endswith(".safetensors")]
 
 
-def _content(path: Path, most: int | None = None) -> str:
-    """sha256 of a file; nothing where it is missing (whoever needs it says so) or larger than is ever used."""
+def _side_file(folder: Path, name: str) -> str:
+    """sha256 of a small file of a model; nothing where it is missing, or such that it is never used (`read_plain`)."""
+    path = folder / name
+    if not path.exists() and not path.is_symlink():
+        return ""
+    try:
+        return hashlib.sha256(read_plain(folder, name, most=LARGEST_FILE)).hexdigest()
+    except CheckpointError as e:
+        if isinstance(e.__cause__, OSError):
+            raise  # the disk, not the file
+        return ""
+
+
+def _content(path: Path) -> str:
+    """sha256 of a text; nothing where it is missing (whoever needs it says so)."""
     h = hashlib.sha256()
     try:
         fs.reading("read", path)
         with path.open("rb") as f:
-            if most is not None and f.seek(0, 2) > most:
-                return ""
-            f.seek(0)
             while data := f.read(_STEP):
                 h.update(data)
     except FileNotFoundError:

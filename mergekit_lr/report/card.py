@@ -147,7 +147,9 @@ def license_of(folder: Path) -> str | None:
     """The licence identifier in a model card's front matter; None if it states none, or one of its own."""
     try:
         head = read_plain(folder, "README.md", most=64 << 20)[:MAX_README].decode("utf-8", "replace")
-    except CheckpointError:
+    except CheckpointError as e:
+        if isinstance(e.__cause__, OSError) and not isinstance(e.__cause__, FileNotFoundError):
+            raise  # the disk, not the file: what it says is not known
         return None
     front = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", head, re.DOTALL)
     found = re.findall(r"(?m)^license:[ \t]*[\"']?([A-Za-z0-9.+-]{1,64})[\"']?[ \t]*\r?$", front[1]) if front else []
