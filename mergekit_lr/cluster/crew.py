@@ -79,8 +79,6 @@ class Crew:
         except BaseException:
             fs.remove_file(space.root / PROBE)
             space.release()
-            if not any(space.root.iterdir()):
-                fs.remove_tree(space.root)
             raise
 
     def _look_around(self) -> None:
