@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_lr.lazy import torch
-from mergekit_lr.linalg.pursuit import orthogonal_matching_pursuit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +23,8 @@ def combination(
     ``barycentric`` (least squares with weights that sum to 1) or ``least_squares``.
     """
     if method == "omp":
+        from mergekit_lr.linalg.pursuit import orthogonal_matching_pursuit  # imports torch, which a recipe must not
+
         return orthogonal_matching_pursuit(targets, shared, k)
     x, points = targets.double(), shared.double()
     if cosine:
