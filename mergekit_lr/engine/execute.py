@@ -11,6 +11,7 @@ from typing import Any
 from mergekit_lr.engine.desk import TaskDesk
 from mergekit_lr.engine.evaluate import Evaluator
 from mergekit_lr.engine.job import Job, Stopped
+from mergekit_lr.engine.memory import return_surplus
 from mergekit_lr.engine.output import Output
 from mergekit_lr.engine.units import Unit
 from mergekit_lr.graph.nodes import Result, Source, operation_of
@@ -27,7 +28,11 @@ class Worker(Evaluator):
         super().__init__(job)
 
     def run(self, unit: Unit) -> None:
-        """Do one unit, or the whole task that it is a result of, and note it in the journal."""
+        """Do one unit, or the whole task that it is a result of, note it in the journal, and free what it took."""
+        self._run(unit)
+        return_surplus()
+
+    def _run(self, unit: Unit) -> None:
         sink = self.job.graph.sinks[unit.sink]
         if isinstance(sink.value, Result):
             desk = TaskDesk(self.job, sink.value.task)
