@@ -45,17 +45,21 @@ def _family(pid: int) -> list[int]:
 class MemoryWatch(threading.Thread):
     """Samples the resident memory of a process and its children until it ends; keeps the peaks.
 
-    Proportional set sizes are added up, so that what forked children share with their parent counts once.
+    Proportional set sizes are added up, so that what forked children share with their parent counts once. The
+    processes are read one after the other: where one ends in between, a sum is too large. A peak is therefore what two
+    looks in a row agree on.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, interval: float = SAMPLE_SECONDS) -> None:
         super().__init__(daemon=True)
         self.pid = pid
+        self.interval = interval
         self.anonymous = 0
         self.file_backed = 0
 
     def run(self) -> None:
         """Sample until the process is gone."""
+        last = 0
         while True:
             kilobytes = {"Pss_Anon": 0, "Pss_File": 0, "Pss_Shmem": 0}
             seen = False
@@ -70,13 +74,16 @@ class MemoryWatch(threading.Thread):
                 seen = seen or Path(f"/proc/{self.pid}/smaps_rollup").exists()
             if not seen:  # gone, or a zombie, which has no memory any more
                 return
-            self.anonymous = max(self.anonymous, kilobytes["Pss_Anon"] * 1024)
+            now = kilobytes["Pss_Anon"] * 1024
+            self.anonymous, last = max(self.anonymous, min(now, last)), now
             self.file_backed = max(self.file_backed, (kilobytes["Pss_File"] + kilobytes["Pss_Shmem"]) * 1024)
-            time.sleep(SAMPLE_SECONDS)
+            time.sleep(self.interval)
 
 
-def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> Sample:
+def run(command: list[str], folder: Path, environment: Mapping[str, str], interval: float = SAMPLE_SECONDS) -> Sample:
     """Run ``command`` in ``folder``; a JSON line it prints with ``seconds`` replaces the wall time.
+
+    Memory is looked at every ``interval`` seconds.
 
     Raises:
         RuntimeError: the command failed; its messages are in the error.
@@ -85,7 +92,7 @@ def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> Sam
     with log.open("wb") as stdout, (folder / "command.err").open("wb") as stderr:
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=folder, env=dict(environment), stdout=stdout, stderr=stderr)
-        watch = MemoryWatch(process.pid)
+        watch = MemoryWatch(process.pid, interval)
         watch.start()
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started

@@ -60,7 +60,8 @@ class Outline:
     ``tokenizer``: the opened input whose tokenizer the output gets, where that is not the first.
     ``kind``: a ``bundle`` keeps config and tokenizer under ``shared/`` and no model at its root; an ``adapter`` is one
     file of tensors, and has neither. ``details``: plain data for ``merge_report.json``. ``card``: Markdown at the end
-    of the model card. ``bundle``: what ``bundle.json`` says, but for the digests.
+    of the model card. ``bundle``: what ``bundle.json`` says, but for the digests. ``libraries``: bytes that preparing
+    leaves behind by what it imports.
     """
 
     models: tuple[str, ...]
@@ -75,6 +76,7 @@ class Outline:
     card: str = ""
     bundle: Manifest | None = None
     tokenizer: str | None = None
+    libraries: int = 0
 
 
 class Desk(Protocol):

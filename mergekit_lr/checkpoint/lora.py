@@ -156,6 +156,16 @@ class AdaptedCheckpoint(Checkpoint):
         a, b = (self._vector(n).view(self.adapter.tensors[n].shape) for n in (update.a, update.b))
         return (a.T.contiguous(), b.T.contiguous()) if update.transposed else (b.contiguous(), a.contiguous())
 
+    @property
+    def bytes_held(self) -> int:
+        """What a process holds for the adapter at most: the factors that are kept, those being loaded, two blocks.
+
+        Twice the factors: they come and go in several sizes, and the allocator keeps the holes between them.
+        """
+        sizes = [self.adapter.tensors[n] for u in self.updates.values() if u.a and u.b for n in (u.a, u.b)]
+        pairs = sorted((4 * (a.numel + b.numel) for a, b in zip(sizes[::2], sizes[1::2], strict=True)), reverse=True)
+        return 2 * (sum(pairs[:_KEPT_FACTORS]) + max(pairs, default=0)) + 2 * 4 * BLOCK_ELEMENTS
+
     def file_position(self, name: str) -> tuple[str, int]:
         """Sort key that follows the bytes on disk."""
         update = self.updates.get(name)

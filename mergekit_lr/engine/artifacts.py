@@ -61,7 +61,7 @@ def _gather_here(plan: Plan, job: Job, fork: bool) -> Gather:
         workers = min(plan.budget.threads, len(operations))
         # A sample reads next to nothing: not worth a fork.
         nbytes = sum(input_bytes(o, job) for o in operations)
-        forked = fork and not wanted.sample and processes.worth_it(job, workers, nbytes)
+        forked = fork and not wanted.sample and processes.worth_it(job.device, workers, nbytes)
         run = processes.in_order if forked else _threads_in_order
         return run(job, len(operations), lambda worker, i: look_at(worker, operations[i], wanted), workers)
 

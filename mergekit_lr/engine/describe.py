@@ -21,6 +21,8 @@ SPARE = 1.02
 
 def describe(plan: Plan) -> dict[str, Any]:
     """Plain data, as ``plan --json`` prints it. Sizes in bytes, times in seconds."""
+    from mergekit_lr.engine.footprint import process_memory
+
     graph, budget = plan.graph, plan.budget
     bytes_in, bytes_out = plan.bytes_in, plan.layout.file_bytes
     seconds = (bytes_in + bytes_out) / plan.bandwidth if plan.bandwidth else None
@@ -42,6 +44,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "piece_elements": budget.piece,
         "memory_limit": budget.limit,
         "peak_memory": budget.peak,
+        "peak_process_memory": process_memory(plan),
         "device": plan.device,
         "dtypes": sorted({s.dtype for s in graph.sinks}),
         "files": sorted(plan.files),
@@ -83,6 +86,7 @@ def in_words(d: dict[str, Any]) -> list[str]:
         f"reads {_exact(d['bytes_in'])}, writes {_exact(d['bytes_out'])} in {files} file{'s' if files > 1 else ''}",
         f"{d['units']} units of work, {d['threads']} threads on {d['device']}, "
         f"about {d['peak_memory'] / 2**20:,.0f} MiB of tensors in memory",
+        *_processes_in_words(d["peak_process_memory"]),
         f"needs {format_size(d['disk_needed'])} of disk for the output; {format_size(d['disk_free'])} are free here",
     ]
     if d["download"]:
@@ -96,6 +100,10 @@ def in_words(d: dict[str, Any]) -> list[str]:
     lines += [f"{count} tensors {rule}" for rule, count in d["rules"].items()]
     lines += token_lines(d["tokens"]) if "tokens" in d else []
     return lines + [f"warning: {w}" for w in d["warnings"]]
+
+
+def _processes_in_words(nbytes: int | None) -> list[str]:
+    return [] if nbytes is None else [f"about {nbytes / 2**20:,.0f} MiB of memory, the processes themselves included"]
 
 
 def picture(plan: Plan) -> str:

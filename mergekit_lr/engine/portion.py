@@ -111,7 +111,7 @@ def drain(plan: Plan, job: Job, units: Sequence[Unit], progress: Progress | None
             progress(ProgressEvent(done, total, "merging"))
 
     workers = min(plan.budget.threads, max(len(todo), 1))
-    if processes.worth_it(job, workers, total):
+    if processes.worth_it(job.device, workers, total):
         processes.drain(job, todo, workers, tick)
     else:
         threads_drain(job, deque(todo), workers, tick)

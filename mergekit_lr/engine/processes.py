@@ -32,9 +32,9 @@ TICK = 0.1  # seconds between looks at the workers
 _PR_SET_PDEATHSIG = 1
 
 
-def worth_it(job: Job, workers: int, nbytes: int) -> bool:
+def worth_it(device: str, workers: int, nbytes: int) -> bool:
     """Whether to fork: several workers, enough to do, the CPU (a GPU's context does not survive a fork)."""
-    return workers > 1 and nbytes >= FORK_FROM and job.device == "cpu" and sys.platform == "linux"
+    return workers > 1 and nbytes >= FORK_FROM and device == "cpu" and sys.platform == "linux"
 
 
 @dataclass

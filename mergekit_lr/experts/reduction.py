@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,6 +60,19 @@ class MergingParameters(ReductionParameters):
     requantize: bool = parameter(
         False, description="write merged experts of an FP8 model as FP8 again; otherwise the whole model is decoded"
     )
+
+
+def libraries(parts: Parts) -> int:
+    """Bytes that deciding leaves in memory by what it imports: measured with scipy 1.x, scikit-learn and matplotlib.
+
+    Pruning takes none. Trees are scipy's, K-means is scikit-learn's, a picture of the groups matplotlib's; matching
+    neurons and subspaces take more of scipy.
+    """
+    if parts.prunes:
+        return 0
+    grouping = 64 << 20 if parts.grouping == "kmeans" else 20 << 20
+    picture = 40 << 20 if find_spec("matplotlib") else 0
+    return grouping + picture + (0 if parts.merge == "mean" else 16 << 20)
 
 
 def rank_problems(rank: str | int | float) -> list[str]:
@@ -261,6 +275,7 @@ class Job:
             warnings=(*notices, *(decision.remarks if decision else undecided)),
             details=details(self.parts, self.layers, decided, prepared) if decision else {},
             card=card(self.parts, self.layers, decided, prepared) if decision else "",
+            libraries=libraries(self.parts),
         )
 
     def _every(self, decision: Decision | None) -> Sequence[LayerDecision]:
