@@ -17,11 +17,11 @@ INSTALLED = {"mergekit_lr": ROOT / "mergekit_lr", "methods": ROOT / "methods", "
 
 
 def expected() -> set[str]:
-    """What the wheel must hold, read off the tree: every module, the marker of types, every recipe."""
+    """What the wheel must hold, read off the tree: every module, the marker of types, recipes, templates."""
     wanted = set()
     for name, folder in INSTALLED.items():
         prefix = "mergekit_lr" if name == "mergekit_lr" else f"mergekit_lr/{name}"
-        for pattern in ("*.py", "py.typed", "*.yml"):
+        for pattern in ("*.py", "py.typed", "*.yml", "*.jinja"):
             for path in folder.rglob(pattern):
                 relative = path.relative_to(folder)
                 if name == "mergekit_lr" and relative.parts[0] in ("methods", "configs"):
