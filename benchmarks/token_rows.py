@@ -1,6 +1,6 @@
 """What moving rows by token costs: merges of models with different tokenizers against the same merge without any.
 
-    python benchmarks/tokenizers.py
+    python benchmarks/token_rows.py
 
 Two models of nothing but embeddings and head (128,000 x 1024 bf16 each, 524 MB a model), averaged on one thread within
 256 MiB. Contestants, all in one process, in turns, planning and reading the tokenizers included:
