@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from mergekit_lr.cli.app import AllowPickle, Device, Json, MaxMemory, Quiet, Threads, command, print_json, say
+from mergekit_lr.cli.app import (
+    AllowPickle,
+    Device,
+    Json,
+    MaxMemory,
+    Overwrite,
+    Quiet,
+    Resume,
+    Threads,
+    command,
+    print_result,
+    say,
+)
 
 
 @command
@@ -34,12 +46,8 @@ def extract_lora(
     device: Device = "auto",
     max_memory: MaxMemory = None,
     threads: Threads = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
-    ] = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -73,7 +81,4 @@ def extract_lora(
             say(f"warning: {line}")
         for line in extraction_lines(result.report):
             say(line)
-    if as_json:
-        print_json({"out": str(result.out), **result.report})
-    else:
-        print(result.out)
+    print_result(result.out, result.report, as_json)

@@ -48,6 +48,8 @@ MaxMemory = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Worker threads. [default: the machine's cores]")]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes in one output file, such as 5GB.")]
+Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .bin and .pt weights too, in a confined process.")
 ]
@@ -76,6 +78,14 @@ def show(lines: Iterable[str]) -> None:
 def print_json(data: Any) -> None:
     """The one JSON value that a command prints."""
     print(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def print_result(out: Path, report: dict[str, Any], as_json: bool) -> None:
+    """What a command that writes a folder prints: where it is, or everything that is known of it."""
+    if as_json:
+        print_json({"out": str(out), **report})
+    else:
+        print(out)
 
 
 def command(body: Callable[P, R]) -> Callable[P, R]:

@@ -12,11 +12,13 @@ from mergekit_lr.cli.app import (
     Device,
     Json,
     MaxMemory,
+    Overwrite,
     Quiet,
+    Resume,
     ShardSize,
     Threads,
     command,
-    print_json,
+    print_result,
     say,
 )
 
@@ -29,12 +31,8 @@ def moe(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
-    ] = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -65,7 +63,4 @@ def moe(
         for line in result.report.get("warnings", []):
             if line not in loaded.warnings:
                 say(f"warning: {line}")
-    if as_json:
-        print_json({"out": str(result.out), **result.report})
-    else:
-        print(result.out)
+    print_result(result.out, result.report, as_json)

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from mergekit_lr.cli.app import Device, Json, MaxMemory, Quiet, RecipePath, command, print_json, say
+from mergekit_lr.cli.app import (
+    Device,
+    Json,
+    MaxMemory,
+    Overwrite,
+    Quiet,
+    RecipePath,
+    Resume,
+    command,
+    print_json,
+    say,
+)
 from mergekit_lr.errors import UsageError
 
 
@@ -45,12 +56,8 @@ def calibrate(
     device: Device = "auto",
     max_memory: MaxMemory = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Decides which windows and tokens are taken.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
-    ] = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -13,13 +13,16 @@ from mergekit_lr.cli.app import (
     Json,
     MaxMemory,
     Offline,
+    Overwrite,
     Quiet,
     RecipePath,
+    Resume,
     ShardSize,
     StageName,
     Threads,
     command,
     print_json,
+    print_result,
     say,
     show,
 )
@@ -36,12 +39,8 @@ def merge(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
-    ] = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     stage: StageName = None,
     part: Annotated[
@@ -130,12 +129,8 @@ def recover(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
-    ] = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -160,10 +155,7 @@ def recover(
     if not quiet:
         for line in result.report.get("warnings", []):
             say(f"warning: {line}")
-    if as_json:
-        print_json({"out": str(result.out), **result.report})
-    else:
-        print(result.out)
+    print_result(result.out, result.report, as_json)
 
 
 @command

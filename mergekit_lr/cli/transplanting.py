@@ -12,11 +12,13 @@ from mergekit_lr.cli.app import (
     Device,
     Json,
     MaxMemory,
+    Overwrite,
     Quiet,
+    Resume,
     ShardSize,
     Threads,
     command,
-    print_json,
+    print_result,
     say,
 )
 
@@ -62,12 +64,8 @@ def transplant(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     shard_size: ShardSize = "5GB",
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with unfinished work, or discard it.")
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, in the moment the new one is complete.")
-    ] = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -104,7 +102,4 @@ def transplant(
             say(f"warning: {line}")
         found = result.report["details"]
         say(f"{found['matched']:,} of {found['tokens']:,} tokens are known, {found['approximated']:,} rows were made")
-    if as_json:
-        print_json({"out": str(result.out), **result.report})
-    else:
-        print(result.out)
+    print_result(result.out, result.report, as_json)
