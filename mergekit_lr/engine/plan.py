@@ -5,19 +5,16 @@ from __future__ import annotations
 import gc
 import hashlib
 import inspect
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mergekit_lr.bundle.manifest import FILE as BUNDLE
-from mergekit_lr.checkpoint.dtypes import AVERAGED
-from mergekit_lr.checkpoint.header import TensorInfo
-from mergekit_lr.checkpoint.layout import Layout, lay_out, nbytes_of
+from mergekit_lr.checkpoint.layout import Layout, lay_out
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.checkpoint.reference import ModelReference
@@ -25,26 +22,23 @@ from mergekit_lr.checkpoint.store import ShardStore
 from mergekit_lr.engine.beside import files_beside
 from mergekit_lr.engine.describe import describe, in_words
 from mergekit_lr.engine.memory import Budget, make_budget
-from mergekit_lr.engine.side_files import carried_over, merged_config
+from mergekit_lr.engine.output_files import kind_of, output_files
 from mergekit_lr.engine.stages import Write, held_for_stages, open_stage, searches, staged_plans, streamed
 from mergekit_lr.engine.tied_heads import refuse_untied_heads
 from mergekit_lr.engine.units import Unit, slicing_of, units_of
-from mergekit_lr.errors import CheckpointError, join_problems
+from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.build import build_graph
 from mergekit_lr.graph.companions import open_companions
-from mergekit_lr.graph.nodes import LEFT_OUT, MergeGraph, Result, Sink
+from mergekit_lr.graph.nodes import MergeGraph, Result, Sink
 from mergekit_lr.graph.places import refuse_partial_ranges
 from mergekit_lr.graph.summary import Block, summarise
-from mergekit_lr.method import Method
 from mergekit_lr.pieces import element_count
 from mergekit_lr.recipe import Recipe, load_recipe
 from mergekit_lr.recipe.stages import stage_of
-from mergekit_lr.report.consistency import PLAIN_FAMILIES, config_problems, text_config
 from mergekit_lr.rewrite import Kind, Outline, Rewrite
 from mergekit_lr.sizes import parse_size
 from mergekit_lr.tokenizer.align import Tokens, align, refuse_where_unused
 from mergekit_lr.tokenizer.compare import check_vocabularies
-from mergekit_lr.tokenizer.files import with_template, with_tokens
 from mergekit_lr.tokenizer.source import open_source
 
 DEFAULT_SHARD = "5GB"
@@ -96,7 +90,7 @@ class Plan:
     @property
     def kind(self) -> Kind:
         """What is written: a model, an adapter, or a bundle with the small files of models under ``shared/``."""
-        return _kind(self.recipe)
+        return kind_of(self.recipe)
 
     @property
     def bytes_in(self) -> int:
@@ -234,7 +228,7 @@ def planned(
         with _without_collector():
             inputs = opening.all()
             inputs, tokens = align(loaded, inputs, _tokenizer(loaded, inputs, opening))
-            refuse_where_unused(loaded, tokens, _kind(loaded))
+            refuse_where_unused(loaded, tokens, kind_of(loaded))
         where = device if elsewhere else choose_device(device)
         settings = Settings(where, max_memory, threads, parse_size(shard_size))
         prepared = None
@@ -345,7 +339,7 @@ def _lay_out(
     merged = [inputs[m] for m in graph.models if outline is None or m not in outline.extra]
     if tokens is None and not (isinstance(method, Rewrite) and method.aligns_tokens):
         check_vocabularies(merged)
-    kind = _kind(recipe)
+    kind = kind_of(recipe)
     stem = "adapter_model" if kind == "adapter" else kind
     layout = lay_out(graph.sinks, sys.maxsize if kind == "adapter" else settings.shard_size, stem)
     slicing = {i: slicing_of(s) for i, s in enumerate(graph.sinks)}
@@ -361,7 +355,7 @@ def _lay_out(
     for stage in streamed(used):
         stage.settle(budget.piece, budget.read)
     searched = {i for i, c in enumerate(used) for stage in streamed([c]) if searches(stage.plan.graph)}
-    config, files, warnings = _small_files(recipe, inputs, graph, merged, outline, tokens)
+    config, files, warnings = output_files(recipe, inputs, graph, merged, outline, tokens)
     if kind == "adapter":
         config, files = None, {}
     if kind == "bundle":
@@ -372,68 +366,6 @@ def _lay_out(
     units = units_of(graph, budget.threads, searched)
     laid = (recipe, inputs, graph, layout, budget, units, settings.device, config, files, settings, warnings)
     return Plan(*laid, outline, prepared, tokens=tokens)
-
-
-def _small_files(
-    recipe: Recipe,
-    inputs: Mapping[str, Checkpoint],
-    graph: MergeGraph,
-    merged: Sequence[Checkpoint],
-    outline: Outline | None,
-    tokens: Tokens | None,
-) -> tuple[bytes | None, dict[str, bytes], list[str]]:
-    """The output's config, what is carried over beside it, and warnings about everything that was found."""
-    named = outline.tokenizer if outline is not None else None
-    tokenizer = inputs[named] if named else tokens.source if tokens else merged[0]
-    picked = {part: [(merged[m], layer) for m, layer in layers] for part, layers in graph.layers}
-    whole = _kind(recipe) == "model"
-    dtypes = {s.dtype for s in graph.sinks if s.dtype in AVERAGED} if whole else set()
-    edited = None if outline is None else outline.config
-    if tokens is not None and edited is None:
-        merged = [replace(merged[0], config=tokens.config), *merged[1:]]
-    config, config_warnings = merged_config(merged[0], dtypes, picked, edited)
-    files, file_warnings = carried_over(merged[0], tokenizer)
-    warnings = [*recipe.warnings, *config_warnings, *file_warnings, *(tokens.warnings if tokens else ())]
-    if tokens is not None:
-        files, token_warnings = with_tokens(files, tokens)
-        warnings += token_warnings
-    if recipe.chat_template is not None:
-        files, template_warnings = with_template(files, recipe.chat_template, merged)
-        warnings += template_warnings
-    if whole:
-        warnings += _contradictions(config, graph, merged[0].reference)
-    if isinstance(recipe.method, Method):
-        warnings += recipe.method.remarks([o.call for o in graph.operations if o.method == recipe.method.name])
-    for checkpoint in (*merged, *(inputs[f] for f in graph.companions)):
-        warnings += [f"{checkpoint.reference}: {w}" for w in checkpoint.warnings]
-    lost = [d for d in graph.dropped if d[2] not in LEFT_OUT] if outline is None else []
-    if lost:
-        model, tensor, rule = lost[0]
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        warnings.append(f"{model}: tensor {tensor!r}{more} not merged ({rule})")
-    return config, files, warnings
-
-
-def _contradictions(config: bytes | None, graph: MergeGraph, reference: str) -> list[str]:
-    """What the output's config says that its tensors do not bear out, as warnings.
-
-    Raises:
-        CheckpointError: there is such a thing, and the family is one whose layout is known for certain.
-    """
-    if config is None:
-        return []
-    content = json.loads(config)
-    tensors = {s.name: TensorInfo(s.name, s.dtype, s.shape, 0, nbytes_of(s)) for s in graph.sinks}
-    found = config_problems(content, tensors)
-    if found and text_config(content).get("model_type") in PLAIN_FAMILIES:
-        fix = "mend that config.json, or use the weights that belong to it"
-        raise join_problems(CheckpointError, [f"{reference}: {p}; {fix}" for p in found])
-    return [f"the output's config.json: {p}" for p in found]
-
-
-def _kind(recipe: Recipe) -> Kind:
-    """What the recipe's output is."""
-    return recipe.method.kind if isinstance(recipe.method, Rewrite) else "model"
 
 
 def first_result(sink: Sink) -> bool:
