@@ -2,6 +2,7 @@
 
 ``python tests/branches.py [PYTEST ARGUMENTS]`` runs the suite (or what the arguments name) under coverage, with forked
 workers and child processes counted, and prints the share of lines and branches for each room. It needs `coverage` 7.10.
+Tests that limit processor time may fail under the tracing, which slows Python down several times; their lines count.
 """
 
 from __future__ import annotations

@@ -177,7 +177,8 @@ class Stopping:
             self.count("killed" if code else "ended before")
             self.never_half(out, i)
             if code:
-                self.resumes(out, i)
+                # Killed after the last operation, on the way out: nothing is left that could say it was killed.
+                self.resumes(out, i, forgotten=out.exists() and self.alone(out))
             shutil.rmtree(out.parent)
 
     def power(self, ks: list[int], states: int, seed: int) -> None:
