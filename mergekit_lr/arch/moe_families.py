@@ -56,6 +56,20 @@ class Rows:
     axis: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Where transformers 5 holds a layer's mixture, which is what running a layer takes.
+
+    All experts are in ``experts.gate_up_proj`` and ``experts.down_proj`` there, whatever the files hold. ``block``: the
+    mixture, below the layer; ``router``: the router's module, below the block; ``renamed``: pairs (on disk, in memory)
+    of other names below the block.
+    """
+
+    block: str = "mlp"
+    router: str = "gate"
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True)
 class Family:
     """How one family of models stores and configures its experts.
@@ -68,7 +82,8 @@ class Family:
     the width cannot change. ``grouped``: the router may first choose among ``n_group`` groups of experts.
     ``group_least``: experts that a group needs. ``activation``: ``gated`` is ``act(gate) * up`` with the config's
     ``hidden_act``; ``clamped`` is GPT-OSS's ``(up + 1) * gate * sigmoid(1.702 gate)`` with both clamped.
-    ``gate_on_input``: the router's gate multiplies an expert's input, not its output.
+    ``gate_on_input``: the router's gate multiplies an expert's input, not its output. ``memory``: None where layers
+    cannot be run one by one, so that nothing can be calibrated.
     """
 
     name: str
@@ -85,6 +100,7 @@ class Family:
     group_least: int = 1
     activation: str = "gated"
     gate_on_input: bool = False
+    memory: Memory | None = None
     notes: str = field(default="", compare=False)
 
 
@@ -98,9 +114,10 @@ _PROJECTIONS = _numbered("gate_proj", "up_proj", "down_proj")
 _CORRECTION = (Rows("gate.e_score_correction_bias"),)
 _OWN_WIDTH = ("moe_intermediate_size",)
 _ONE_WIDTH = ("intermediate_size",)
+_PLAIN = Memory()
 
 FAMILIES: list[Family] = [
-    Family("Mixtral", ("mixtral",), "block_sparse_moe", "gate.weight", _W123, _ONE_WIDTH),
+    Family("Mixtral", ("mixtral",), "block_sparse_moe", "gate.weight", _W123, _ONE_WIDTH, memory=_PLAIN),
     Family(
         "Phi-MoE",
         ("phimoe",),
@@ -108,6 +125,7 @@ FAMILIES: list[Family] = [
         "gate.weight",
         _W123,
         _ONE_WIDTH,
+        memory=Memory(router="router", renamed=(("gate.weight", "router.weight"),)),
         notes="sparsemixer: the two gates are not a softmax over the chosen logits",
     ),
     Family(
@@ -118,6 +136,7 @@ FAMILIES: list[Family] = [
         _W123,
         _ONE_WIDTH,
         router_rows=(Rows("e_score_correction_bias"),),
+        memory=_PLAIN,
     ),
     Family(
         "Qwen2-MoE",
@@ -127,8 +146,9 @@ FAMILIES: list[Family] = [
         _PROJECTIONS,
         _OWN_WIDTH,
         beside=("shared_expert.", "shared_expert_gate."),
+        memory=_PLAIN,
     ),
-    Family("Qwen3-MoE", ("qwen3_moe",), "mlp", "gate.weight", _PROJECTIONS, _OWN_WIDTH),
+    Family("Qwen3-MoE", ("qwen3_moe",), "mlp", "gate.weight", _PROJECTIONS, _OWN_WIDTH, memory=_PLAIN),
     Family(
         "Qwen3-Next",
         ("qwen3_next",),
@@ -138,7 +158,7 @@ FAMILIES: list[Family] = [
         _OWN_WIDTH,
         beside=("shared_expert.", "shared_expert_gate."),
     ),
-    Family("OLMoE", ("olmoe",), "mlp", "gate.weight", _PROJECTIONS, _ONE_WIDTH),
+    Family("OLMoE", ("olmoe",), "mlp", "gate.weight", _PROJECTIONS, _ONE_WIDTH, memory=_PLAIN),
     Family(
         "DeepSeek-V2",
         ("deepseek_v2",),
@@ -149,6 +169,7 @@ FAMILIES: list[Family] = [
         beside=("shared_experts.",),
         shared_multiple=True,
         grouped=True,
+        memory=_PLAIN,
     ),
     Family(
         "DeepSeek-V3",
@@ -162,6 +183,7 @@ FAMILIES: list[Family] = [
         shared_multiple=True,
         grouped=True,
         group_least=2,
+        memory=_PLAIN,
     ),
     Family(
         "GLM-4.5-MoE",
@@ -175,6 +197,7 @@ FAMILIES: list[Family] = [
         shared_multiple=True,
         grouped=True,
         group_least=2,
+        memory=_PLAIN,
     ),
     Family(
         "ERNIE-4.5-MoE",
@@ -186,6 +209,7 @@ FAMILIES: list[Family] = [
         router_rows=(Rows("moe_statics.e_score_correction_bias", axis=1),),
         beside=("shared_experts.",),
         shared_multiple=True,
+        memory=Memory(renamed=(("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),)),
     ),
     Family(
         "GPT-OSS",
@@ -201,6 +225,7 @@ FAMILIES: list[Family] = [
         _ONE_WIDTH,
         router_rows=(Rows("router.bias"),),
         activation="clamped",
+        memory=Memory(router="router"),
     ),
     Family(
         "Llama-4",
@@ -215,6 +240,7 @@ FAMILIES: list[Family] = [
         beside=("shared_expert.",),
         shares_width="the shared expert has the same width",
         gate_on_input=True,
+        memory=Memory("feed_forward", "router"),
     ),
     Family(
         "Granite-MoE",
@@ -223,6 +249,15 @@ FAMILIES: list[Family] = [
         "router.layer.weight",
         (Slot("input_linear.weight", ("gate", "up")), Slot("output_linear.weight", ("down",))),
         _ONE_WIDTH,
+        memory=Memory(
+            "block_sparse_moe",
+            "router",
+            (
+                ("input_linear.weight", "experts.gate_up_proj"),
+                ("output_linear.weight", "experts.down_proj"),
+                ("router.layer.weight", "router.weight"),
+            ),
+        ),
     ),
 ]
 """Every family that is known. The names, shapes and traps were checked against models that transformers saved."""

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.arch.experts import Blocks, Family, family_of, in_memory, known_families
+from mergekit_lr.arch.experts import Blocks, in_memory
+from mergekit_lr.arch.moe_families import FAMILIES, Family, find_family
 from mergekit_lr.arch.stack import claimed_layers
 from mergekit_lr.checkpoint.foreign_code import refuse_kernels
 from mergekit_lr.checkpoint.model import Checkpoint
@@ -50,7 +51,8 @@ class Network:
         self.config: Any = body.config
         self.layers: list[nn.Module] = list(body.layers)
         model_type = str(self.config.model_type)
-        self.family: Family | None = family_of(model_type)
+        family = find_family(model_type)
+        self.family: Family | None = family if family is not None and family.memory is not None else None
         self._names = _by_layer(checkpoint)
         absent = [i for i in range(len(self.layers)) if i not in self._names]
         if absent:
@@ -59,11 +61,12 @@ class Network:
                 where=checkpoint.reference,
             )
         if self.family is None and any(".experts." in n for n in checkpoint.tensors):
+            runnable = sorted(t for f in FAMILIES if f.memory is not None for t in f.model_types)
             raise CheckpointError(
-                f"the mixture of experts {model_type!r} is not known",
+                f"layers with the mixture of experts {model_type!r} cannot be run",
                 where=checkpoint.reference,
-                why=f"known are {known_families()}",
-                fix="add a Family to mergekit_lr/arch/experts.py",
+                why=f"those of {', '.join(runnable)} can",
+                fix="add a Family with its Memory to mergekit_lr/arch/moe_families.py",
             )
         self.check()
         body.rotary_emb = type(body.rotary_emb)(config=self.config).to(self.device)
@@ -76,7 +79,8 @@ class Network:
 
     def mixture(self, layer: nn.Module) -> nn.Module | None:
         """The mixture of a layer, None in a dense one."""
-        block = getattr(layer, self.family.memory, None) if self.family else None
+        memory = self.family.memory if self.family else None
+        block = getattr(layer, memory.block, None) if memory else None
         return block if block is not None and hasattr(block, "experts") else None
 
     def names(self, index: int) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from threading import local
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.arch.experts import Family
+from mergekit_lr.arch.moe_families import Family
 from mergekit_lr.lazy import torch
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def current_watcher() -> Watcher | None:
 
 def install(model: Any, family: Family | None, mixtures: list[nn.Module]) -> None:
     """Let the probe run the experts of a model, and listen to its routers."""
-    if family is None:
+    if family is None or family.memory is None:
         return
     if "llama4_text" in family.model_types:
         for block in mixtures:
@@ -105,7 +105,7 @@ def install(model: Any, family: Family | None, mixtures: list[nn.Module]) -> Non
     ALL_EXPERTS_FUNCTIONS.register(PROBE, routed_forward)
     model.set_experts_implementation(PROBE)
     for block in mixtures:
-        getattr(block, family.router).register_forward_hook(_note_logits)
+        getattr(block, family.memory.router).register_forward_hook(_note_logits)
 
 
 def _note_logits(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mergekit_lr.arch import moe_families
-from mergekit_lr.arch.experts import FAMILIES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mergekit_lr.arch.moe_families import FAMILIES
 from mergekit_lr.calibration.calibrate import DTYPES
 from mergekit_lr.calibration.run import GRAMS
 from mergekit_lr.calibration.statistics import DIGEST_ELEMENTS, FORMAT, MIXTURE_ENTRIES, STORED, VERSION
@@ -34,19 +35,7 @@ def test_numbers_and_names() -> None:
 
 
 def test_every_family_is_tested() -> None:
-    assert {t for f in FAMILIES for t in f.model_types} == set(MAKERS) - {"llama"}
-
-
-def test_both_tables_of_families_agree() -> None:
-    """One table says how files become modules, the other what a reduced model's files are."""
-    on_disk = {t: f for f in moe_families.FAMILIES for t in f.model_types}
-    for family in FAMILIES:
-        for model_type in family.model_types:
-            other = on_disk[model_type]
-            assert other.block == family.block, model_type
-            names = [f"experts.{{e}}.{n}" for n in (family.gate, family.up, family.down)]
-            assert family.fused == any(s.fused for s in other.slots), model_type
-            if not family.fused:
-                assert [s.name for s in other.slots] == names, model_type
-            elif family.renamed:
-                assert {s.name for s in other.slots} <= {disk for disk, _ in family.renamed}, model_type
+    """All that transformers itself can build; ``kimi_k2`` comes with code of its own, which is never run."""
+    runnable = {t for f in FAMILIES if f.memory is not None for t in f.model_types}
+    assert runnable & set(CONFIG_MAPPING) == set(MAKERS) - {"llama"}
+    assert runnable - set(CONFIG_MAPPING) == {"kimi_k2"}
