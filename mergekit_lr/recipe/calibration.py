@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_lr.recipe.problems import Problems, nearest, shown
-from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence
+from mergekit_lr.recipe.problems import Problems, nearest
+from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, Sequence, said
 
 CALIBRATION_KEYS = ("text", "dataset", "samples", "sequence_length", "statistics")
 MAX_SAMPLES = 1_000_000
@@ -85,6 +85,6 @@ def _whole(entries: dict[str, Node], key: str, default: int, most: int, problems
         return default
     if isinstance(node, Scalar) and type(node.value) is int and 1 <= node.value <= most:
         return node.value
-    value = shown(node.value) if isinstance(node, Scalar) else "a collection"
-    problems.add(node.mark, f"calibration.{key}", f"{value} is no count", f"write a whole number from 1 to {most:,}")
+    fix = f"write a whole number from 1 to {most:,}"
+    problems.add(node.mark, f"calibration.{key}", f"{said(node)} is no count", fix)
     return default

@@ -135,13 +135,13 @@ class EntryReader:
         every = {**self.model_fields, **self.merge_fields}
         self._unknown(node, path, MODULE_KEYS, every, "this module's")
         models, slices = node.entries.get("models"), node.entries.get("slices")
-        if (models is None) == (slices is None):
+        if models is not None and slices is None:
+            read.models, read.models_mark = self.models(models.value, f"{path}.models"), models.value.mark
+        elif slices is not None and models is None:
+            read.slices = self.slices(slices.value, f"{path}.slices")
+        else:
             what = "has neither models nor slices" if models is None else "has both models and slices"
             self.problems.add(node.mark, path, what, "give it one of the two")
-        elif models is not None:
-            read.models, read.models_mark = self.models(models.value, f"{path}.models"), models.value.mark
-        elif slices is not None:
-            read.slices = self.slices(slices.value, f"{path}.slices")
         base = node.entries.get("base_model")
         if base is not None:
             read.names_base = True

@@ -20,7 +20,7 @@ from mergekit_lr.errors import RecipeError
 from mergekit_lr.recipe.problems import Mark, Problems, shown
 from mergekit_lr.recipe.schema import Recipe
 from mergekit_lr.recipe.walk import read_recipe
-from mergekit_lr.recipe.yaml import Document, Node, Scalar
+from mergekit_lr.recipe.yaml import Document, Node, Scalar, said
 from mergekit_lr.recipe.yaml import Mapping as MappingNode
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -106,7 +106,7 @@ def _name(root: MappingNode, problems: Problems) -> str | None:
         return None
     value = entry.value.value if isinstance(entry.value, Scalar) else None
     if not isinstance(value, str) or not STAGE_NAME.fullmatch(value):
-        problems.add(entry.value.mark, "name", f"{shown(value)} {_BAD_NAME[0]}", _BAD_NAME[1])
+        problems.add(entry.value.mark, "name", f"{said(entry.value)} {_BAD_NAME[0]}", _BAD_NAME[1])
         return None
     return value
 

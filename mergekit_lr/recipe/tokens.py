@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.recipe.problems import Problems, nearest, shown
 from mergekit_lr.recipe.references import read_reference
-from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar
+from mergekit_lr.recipe.yaml import Entry, Mapping, Node, Scalar, said
 
 SECTION_KEYS = ("source", "tokens", "pad_to_multiple_of")
 TOKEN_KEYS = ("source", "force")
@@ -170,12 +170,13 @@ class TokenReader:
         kind = values.get("kind")
         name = kind.value if isinstance(kind, Scalar) else None
         if name not in KINDS:
-            what = "kind is missing" if kind is None else f"unknown kind {shown(name)}"
+            what = "kind is missing" if kind is None else f"unknown kind {said(kind)}"
             self.problems.add(kind.mark if kind else node.mark, f"{path}.kind", what, nearest(str(name), KINDS))
             return None
         if name == "zero":
-            for key in values.keys() - {"kind"} & set(SOURCE_KEYS):
-                self.problems.add(node.mark, f"{path}.{key}", "has no meaning for kind zero", "remove it")
+            for key, given in node.entries.items():
+                if key in SOURCE_KEYS and key != "kind" and key in values:
+                    self.problems.add(given.key_mark, f"{path}.{key}", "has no meaning for kind zero", "remove it")
             return TokenSource("zero")
         return self._model_token(node, values, path)
 
@@ -197,7 +198,7 @@ class TokenReader:
         content = value.value if isinstance(value, Scalar) else None
         good = isinstance(content, str) and content if given[0] == "token" else type(content) is int
         if not good or (isinstance(content, int) and not 0 <= content < MAX_ID):
-            self.problems.add(value.mark, f"{path}.{given[0]}", f"{shown(content)} is no {given[0]}", "write one")
+            self.problems.add(value.mark, f"{path}.{given[0]}", f"{said(value)} is no {given[0]}", "write one")
             return None
         if reference is None:
             return None

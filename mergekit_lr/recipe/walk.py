@@ -59,14 +59,12 @@ PLUGIN_FAILURES = (ImportError, AttributeError, NameError, SyntaxError, TypeErro
 """What importing another distribution's broken method may raise."""
 
 
-def read_recipe(root: Node, problems: Problems, text: str, origin: Path | None) -> Recipe:
+def read_recipe(root: Mapping, problems: Problems, text: str, origin: Path | None) -> Recipe:
     """Check the whole document.
 
     Raises:
         RecipeError: with all problems.
     """
-    if not isinstance(root, Mapping):
-        problems.fail(root.mark, "", "a recipe is a mapping", "start with `merge_method: ...`")
     return _Walk(root, problems, text, origin).run()
 
 
@@ -198,7 +196,7 @@ class _Walk:
         entry = self._used("permutations")
         if entry is None:
             return None
-        if isinstance(entry.value, Scalar) and isinstance(entry.value.value, str):
+        if isinstance(entry.value, Scalar) and isinstance(entry.value.value, str) and entry.value.value:
             return entry.value.value
         fix = "write `auto`, the name of a family, or a file"
         self.problems.add(entry.value.mark, "permutations", "must be one line of text", fix)

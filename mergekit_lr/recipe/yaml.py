@@ -84,6 +84,13 @@ class Mapping:
 Node = Scalar | Sequence | Mapping
 
 
+def said(node: Node) -> str:
+    """What a message calls a value that is not what it should be."""
+    if isinstance(node, Scalar):
+        return shown(node.value)
+    return "a list" if isinstance(node, Sequence) else "a mapping"
+
+
 def scalar(text: str) -> Value:
     """The value of a plain scalar by the core schema: null, bool, int, float, otherwise the string itself."""
     if len(text) > 400:

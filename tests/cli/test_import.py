@@ -59,6 +59,31 @@ def test_exactly_the_differences_that_a_recipe_meets(recipe: str, about: list[st
     assert [d["about"] for d in json.loads(out)["differences"]] == about
 
 
+SPARSE = """\
+merge_method: dare_ties
+base_model: ./base
+dtype: float32
+parameters: {rescale_by: BY}
+models:
+  - {model: ./a, parameters: {weight: 1, density: 0.5}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "about"),
+    [
+        ("merge_method: wudi\nbase_model: ./base\nmodels: [{model: ./a}]\n", ["merge_method"]),
+        (SPARSE.replace("BY", "density"), ["random masks", "rescale"]),
+        (SPARSE.replace("BY", "l1"), ["random masks"]),
+    ],
+    ids=["a method of ours", "scaled by the density", "scaled as in mergekit"],
+)
+def test_a_difference_is_told_only_where_it_is_met(text: str, about: list[str], tmp_path: Path) -> None:
+    (tmp_path / "r.yml").write_text(text)
+    _, out, _ = run(str(tmp_path / "r.yml"), "--json")
+    assert [d["about"] for d in json.loads(out)["differences"]] == about
+
+
 def test_nothing_different_is_said_too() -> None:
     _, out, _ = run(str(CORPUS / "cards" / "model_stock_out_dtype.yml"))
     assert out.startswith("# Nothing in this recipe has another meaning here than in mergekit 0.1.5.\n")

@@ -9,6 +9,8 @@ import pytest
 
 from mergekit_lr.errors import RecipeError
 from mergekit_lr.recipe import load_recipe
+from mergekit_lr.recipe.calibration import Calibration
+from mergekit_lr.recipe.entries import MAX_SLICES, MAX_SOURCES
 from mergekit_lr.recipe.load import check
 
 MARKER = "¦"
@@ -44,6 +46,26 @@ def ties(models: str = "", rest: str = "", weight: str = "0.5", density: str = "
 
 def linear(rest: str = "", entry: str = "{model: ./b, parameters: {weight: 1}}") -> str:
     return f"merge_method: linear\nmodels:\n  - {{model: ./a, parameters: {{weight: 1}}}}\n  - {entry}\n{rest}"
+
+
+def tokens(source: str) -> str:
+    """A recipe that says where the rows of the token ``a`` come from."""
+    return linear(f"tokenizer: {{tokens: {{a: {{source: {source}}}}}}}\n")
+
+
+def pleas(rest: str) -> str:
+    """A method that takes ``calibration`` and ``permutations``."""
+    return f"merge_method: pleas\nmodels: [{{model: ./a}}, {{model: ./b}}]\n{rest}\n"
+
+
+def reversible(name: str, rest: str = "{basis: 1}") -> str:
+    """A method that takes names of models."""
+    models = f"[{{model: ./a, name: {name}}}, {{model: ./b, name: x}}]"
+    return f"merge_method: reversible\nbase_model: ./base\nmodels: {models}\nparameters: {rest}\n"
+
+
+def module(method: str, models: str, rest: str = "") -> str:
+    return f"merge_method: {method}\n{rest}modules: {{a: {{models: {models}}}}}\n"
 
 
 def slerp(parameters: str = "{t: 0.5}") -> str:
@@ -166,7 +188,52 @@ FAULTS = [
         linear("tokenizer: {tokens: {a: {source: {kind: model_token, model: ./a, token_id: ¦-1}}}}\n"),
         "-1 is no token_id",
     ),
+    (linear("tokenizer: {tokens: {'': ¦{source: ./a}}}\n"), "is no token; name one"),
+    (tokens("¦[./a]"), "tokens.a.source: must be a model or a mapping; write `source: MODEL`"),
+    (tokens("¦{model: {path: ./c}}"), "tokens.a.source: './c' is no model of this recipe"),
+    (tokens("¦{model: ./a}"), "tokens.a.source.kind: kind is missing; known here: model_token, zero"),
+    (tokens("{kind: ¦[zero]}"), "unknown kind a list"),
+    (tokens("{kind: zero, ¦token: b}"), "tokens.a.source.token: has no meaning for kind zero; remove it"),
+    (tokens("{kind: model_token, model: ¦{path: ./c}, token: b}"), "source.model: './c' is no model of this recipe"),
+    (tokens("¦{kind: model_token, token: b}"), "tokens.a.source: model is missing; write `source: MODEL`"),
+    (tokens("¦{kind: model_token, model: ./a, token: b, token_id: 1}"), "names the token twice; give one of token and"),
+    (tokens("{kind: model_token, model: ./a, token: ¦[b]}"), "source.token: a list is no token"),
+    (tokens("{kind: model_token, model: ./a, token_id: ¦{b: 1}}"), "source.token_id: a mapping is no token_id"),
+    # what a model is run on, and how its neurons move
+    (pleas("calibration: ¦[a]"), "calibration: must be a mapping; write `calibration: {text: [FILE]}`"),
+    (pleas("calibration: {¦texts: [a]}"), "calibration.texts: unknown key; did you mean 'text'?"),
+    (pleas("calibration: ¦{samples: 3}"), "calibration: says nothing to run on; add `text: [FILE]`"),
+    (pleas("calibration: ¦{text: []}"), "calibration: says nothing to run on"),
+    (pleas("calibration: {text: [a, ¦3]}"), "calibration.text: must be file names; write `text: [a.txt, b.txt]`"),
+    (pleas("calibration: {text: ¦''}"), "calibration.text: must be file names"),
+    (pleas("calibration: {dataset: ¦[a]}"), "calibration.dataset: must be one line of text; write `dataset: NAME`"),
+    (pleas("calibration: {text: a, samples: ¦0}"), "samples: 0 is no count; write a whole number from 1 to 1,000,000"),
+    (pleas("calibration: {text: a, sequence_length: ¦[1]}"), "calibration.sequence_length: a list is no count"),
+    (pleas("permutations: ¦[a]"), "permutations: must be one line of text; write `auto`, the name of a family, or"),
+    (pleas("permutations: ¦''"), "permutations: must be one line of text"),
+    (linear("¦permutations: auto\n"), "permutations: is not used by linear; remove it"),
+    # names of models
+    (linear(entry="{model: ./b, ¦name: b, parameters: {weight: 1}}"), "models[1].name: is not used by this method"),
+    (reversible("¦a b"), "models[0].name: must be letters, digits, dots, underscores and hyphens, at most 64"),
+    (reversible("¦[a]"), "models[0].name: must be letters, digits"),
+    (reversible("x").replace("{model: ./b", "¦{model: ./b"), "models[1].name: 'x' is the name of models[0] too"),
+    # a method's own check of one value, and a method that another follows
+    (
+        "merge_method: weight_matching\nbase_model: ./a\nmodels: [{model: ./b, parameters: {weight: 1}}]\n"
+        "parameters: {then: [¦{filter: mlp}, {value: linear}]}\n",
+        "parameters.then[0]: has no value",
+    ),
     # modules
+    (module("slerp", "[{model: ./m}, {model: ./n}]", "base_model: ./m\n").replace("a:", "¦a:"), "a: t is missing, and"),
+    (
+        module("linear", "[{model: ./m, parameters: {weight: 1}}]", "base_model: ./x\n").replace("a:", "¦a:"),
+        "modules.a: the base is merged too: linear takes every model; it has no weight; write `base_model: ~`",
+    ),
+    (module("karcher", "[{model: ¦3}, {model: ./n}]", "base_model: ./x\n"), "modules.a.models[0].model: must be text"),
+    (
+        "merge_method: passthrough\nmodules: {a: ¦{models: [{model: ./m}], slices: []}}\n",
+        "modules.a: has both models and slices; give it one of the two",
+    ),
     ("merge_method: passthrough\nmodules: ¦{}\n", "modules: is empty"),
     ("merge_method: passthrough\nmodules: ¦[]\n", "modules: must be a mapping"),
     ("merge_method: passthrough\nmodules: {a: ¦{}}\n", "modules.a: has neither models nor slices"),
@@ -331,6 +398,24 @@ SLICE_FAULTS = [
         "do not list the base 'b'",
     ),
     (sliced("¦[{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]", method="passthrough"), "here are 2"),
+    (
+        sliced("[{model: a, layer_range: [0, 2]}]") + "  - ¦3\n",
+        "slices[1]: must be a mapping; write `- sources: [...]`",
+    ),
+    (
+        sliced("[{model: a, layer_range: [0, 2]}]") + "  - ¦{parameters: {weight: 1}}\n",
+        "slices[1]: has no sources; add",
+    ),
+    (
+        sliced("[{model: a, layer_range: [0, 2]}]", method="ties\nparameters: {weight: 1}").replace("- s", "- ¦s"),
+        "slices[0]: has no base_model, and ties needs it; add `base_model: PATH_OR_HUB_ID` to the slice or to the",
+    ),
+    (
+        sliced(
+            "[{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]", method="slerp\nbase_model: a"
+        ).replace("- s", "- ¦s"),
+        "slices[0]: t is missing, and slerp needs it; add `parameters: {t: VALUE}` to the slice or to the recipe",
+    ),
     ("merge_method: linear\nbase_model: ¦b\nmodels: [{model: a, parameters: {weight: 1}}]\n", "it has no weight"),
 ]
 
@@ -342,3 +427,61 @@ def test_faults_of_slices(marked: str, message: str) -> None:
     assert any(message in p for p in problems), problems
     for line, column in places:
         assert any(p.startswith(f"recipe:{line}:{column}: ") and message in p for p in problems), problems
+
+
+def test_more_slices_than_any_model_has_layers_are_refused_at_the_first_too_many() -> None:
+    one = "  - sources: [{model: a, layer_range: [0, 1]}]\n"
+    head = "merge_method: passthrough\nslices:\n"
+    [problem] = problems_of(head + one * (MAX_SLICES + 1))
+    assert problem == (f"recipe:{MAX_SLICES + 3}:5: slices: are more than {MAX_SLICES:,}; join adjoining ones")
+
+
+def test_more_sources_than_can_be_meant_are_refused_where_they_become_too_many() -> None:
+    """They are counted as they are read, so that a short text of aliases does not become a long list first."""
+    source = "{model: a, layer_range: [0, 1]}"
+    aliases = ", ".join(["*a"] * (MAX_SOURCES // 2))
+    head = "merge_method: passthrough\nslices:\n"
+    first = f"  - sources: [&a {source}, {aliases}]\n"
+    problems = problems_of(head + first + f"  - sources: [{aliases}]\n" + "  - sources: 3\n")
+    assert f"recipe:4:5: slices: have more than {MAX_SOURCES:,} sources; join adjoining ones" in problems
+    assert not any("slices[2]" in p for p in problems)  # what comes after it is not looked at
+
+
+def test_a_module_that_names_a_model_twice_is_warned_about() -> None:
+    entry = "{model: ./m, parameters: {weight: 1}}"
+    [warning] = load_recipe(module("linear", f"[{entry}, {entry}]")).warnings
+    assert "modules.a.models[1]: names the same model as modules.a.models[0]" in warning
+
+
+def test_a_base_that_a_module_merges_without_listing_it_is_warned_about_and_merged() -> None:
+    text = module("karcher", "[{model: ./m}, {model: ./n}]", "base_model: ./x\n")
+    recipe = load_recipe(text)
+    [warning] = recipe.warnings
+    assert "modules.a: the base is merged too: karcher takes every model, as in mergekit" in warning
+    assert [str(m.reference) for m in recipe.groups[0].inputs] == ["./m", "./n", "./x"]
+    alone = load_recipe(text.replace("a: {", "a: {base_model: ~, "))
+    assert alone.warnings == ()
+    assert [str(m.reference) for m in alone.groups[0].inputs] == ["./m", "./n"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{path: ./a}", "{model: {path: ./a}}", "./a", "{model: {path: ./a}, lora: ~}"],
+)
+def test_a_model_under_tokens_may_be_written_as_under_models(source: str) -> None:
+    section = load_recipe(tokens(source)).tokenizer
+    assert section is not None
+    [rule] = section.tokens
+    assert rule.source is not None and (rule.source.kind, str(rule.source.model)) == ("model", "./a")
+
+
+def test_a_token_of_a_model_that_is_written_as_a_mapping() -> None:
+    same = [load_recipe(tokens(f"{{kind: model_token, model: {m}, token: b}}")) for m in ("./a", "{path: ./a}")]
+    assert same[0].digest() == same[1].digest() != load_recipe(tokens("./a")).digest()
+
+
+def test_nothing_is_said_of_a_calibration_whose_optional_keys_are_null() -> None:
+    text = pleas("calibration: {text: ~, dataset: ~, samples: ~, statistics: s.safetensors}")
+    found = load_recipe(text).calibration
+    assert found == Calibration(statistics="s.safetensors", samples=128, sequence_length=512)
+    assert load_recipe(pleas("calibration: {text: one.txt}")).calibration == Calibration(text=("one.txt",))

@@ -100,6 +100,25 @@ def test_refused_where_mergekit_drops_a_wish(text: str) -> None:
         load_recipe(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LINEAR % (", parameters: {weight: 1}", "weight: 1\n"), "weight: unknown key; it is a parameter of linear"),
+        (LINEAR % (", parameters: {weight: 1}", "normalize: [true]\n"), "normalize: unknown key; it is a parameter"),
+        (LINEAR % (", parameters: {weight: 1}", "normalize: maybe\n"), "normalize: unknown key; it is a parameter"),
+        (
+            LINEAR % (", parameters: {weight: 1, normalize: true}", "parameters: {normalize: [true, true]}\n"),
+            "normalize of linear is one for all models: put it under the recipe's `parameters`",
+        ),
+    ],
+    ids=["has no default", "a list", "no such value", "varies in the recipe"],
+)
+def test_what_may_not_be_the_default_is_not_taken_for_it(text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(text)
+    assert message in caught.value.problems[0]
+
+
 def test_residual_weight_of_a_slice_does_nothing() -> None:
     sliced = (
         "merge_method: passthrough\nslices:\n  - {sources: [{model: ./a, layer_range: [0, 2]}], residual_weight: 1}\n"

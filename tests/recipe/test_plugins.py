@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from mergekit_lr import registry
 from mergekit_lr.checkpoint.reference import ModelReference
@@ -23,6 +23,12 @@ from mergekit_lr.recipe.json_schema import schema
 class Side(StrEnum):
     LEFT = "left"
     RIGHT = "right"
+
+
+def short(text: str) -> str:
+    if len(text) > 3:
+        raise ValueError("longer than three letters")
+    return text
 
 
 class Everything(Method):
@@ -41,6 +47,7 @@ class Everything(Method):
         count: Annotated[int, Field(gt=0, lt=10)] = parameter(1, description="a whole number in a range")
         even: int = parameter(2, description="checked by a function")
         word: str = parameter("w", description="any text")
+        brief: Annotated[str, AfterValidator(short)] = parameter("b", description="a text with a check of its own")
         anything: Any = parameter(0, description="anything at all")
         low: float = parameter(0, description="at most high")
         high: float = parameter(1, description="at least low")
@@ -131,6 +138,7 @@ def test_every_kind_of_value(name: str, given: object, t: float, expected: objec
         ("word", 3, "3 is not a text"),
         ("word", None, "has no value"),
         ("even", 3, "must be even"),
+        ("brief", "four", "parameters.brief: 'four': longer than three letters"),
         ("anything", float("inf"), "inf is not a finite number"),
     ],
 )

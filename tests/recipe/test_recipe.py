@@ -96,6 +96,29 @@ def test_a_dict_gets_a_text_that_is_the_same_recipe() -> None:
     assert load_recipe(r.text) == r
 
 
+@pytest.mark.parametrize(
+    ("text", "models"),
+    [
+        (
+            "merge_method: passthrough\nslices:\n"
+            "  - sources: [{model: ./b, layer_range: [0, 2]}]\n"
+            "  - sources: [{model: ./a, layer_range: [1, 3]}]\n"
+            "  - sources: [{model: ./b, layer_range: [2, 4]}]\n",
+            ["./b", "./a"],
+        ),
+        (
+            "merge_method: ties\nbase_model: ./base\nparameters: {weight: 1, density: 1}\nmodules:\n"
+            "  text: {models: [{model: ./a}, {model: ./b}]}\n"
+            "  vision: {models: [{model: ./c}, {model: ./a}]}\n",
+            ["./a", "./b", "./c"],
+        ),
+    ],
+    ids=["slices", "modules"],
+)
+def test_a_model_that_is_merged_at_several_places_is_one_input(text: str, models: list[str]) -> None:
+    assert names(load_recipe(text)) == models
+
+
 def test_a_recipe_is_frozen_and_survives_pickling() -> None:
     r = load_recipe(TEXT)
     with pytest.raises(FrozenInstanceError):

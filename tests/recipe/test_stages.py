@@ -47,6 +47,22 @@ def test_a_stage_can_be_chosen() -> None:
     assert "there is no stage 'x'" in problems(FIRST, "x")[0]
 
 
+def test_a_stage_of_a_recipe_that_was_read_before_can_be_chosen() -> None:
+    recipe = load_recipe(joined(FIRST, SECOND, LAST))
+    assert load_recipe(recipe) is recipe
+    assert load_recipe(recipe, stage="second").digest() == load_recipe(joined(FIRST, SECOND)).digest()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, stage="third")
+    assert (caught.value.what, caught.value.fix) == ("there is no stage 'third'", "known here: first, second")
+    with pytest.raises(RecipeError, match="known here: none"):
+        load_recipe(load_recipe(FIRST), stage="first")
+
+
+def test_a_name_that_is_like_no_stage_is_a_model() -> None:
+    recipe = load_recipe(joined(FIRST.replace("./a", "elsewhere"), LAST.replace("second", "./b")))
+    assert [str(r) for r in recipe.leaves()] == ["./b", "elsewhere"]
+
+
 def test_a_mapping_of_stages_is_the_same() -> None:
     recipe = load_recipe(joined(FIRST, SECOND, LAST))
     again = load_recipe(recipe.canonical())
@@ -95,7 +111,7 @@ WRONG = {
     joined(FIRST, FIRST.replace("first", "other")): "more than one output: 'first' and 'other'",
     joined(FIRST, LAST.replace("second", "frist")): "did you mean 'first'?",
     joined(FIRST, LAST.replace("second", "first@v1")): "asks for a revision of a stage",
-    joined(FIRST.replace("name: first", "name: [1]"), LAST): "is no name for a stage",
+    joined(FIRST.replace("name: first", "name: [1]"), LAST): "name: a list is no name for a stage",
     joined(FIRST.replace("name: first", "name: ../up"), LAST): "is no name for a stage",
     joined(FIRST, "- 1\n"): "a recipe is a mapping",
     "stages: [1]\n" + LAST: "stages: must be a mapping",
