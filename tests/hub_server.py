@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ class Fault:
     """Something that happens to the next ``times`` requests whose ``METHOD path range`` the pattern finds.
 
     ``status``: the answer; ``cut``: bytes of the body after which the connection breaks; ``flip``: a byte of the body
-    that arrives changed.
+    that arrives changed; ``change``: the body that is sent in its place, its length stated right and its range not.
     """
 
     pattern: str
@@ -39,6 +39,7 @@ class Fault:
     status: int | None = None
     cut: int | None = None
     flip: int | None = None
+    change: Callable[[bytes], bytes] | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -299,6 +300,8 @@ def handler(hub: Hub, storage: bool) -> type[http.server.BaseHTTPRequestHandler]
                 first, _, last = wanted.removeprefix("bytes=").partition("-")
                 total, data = len(data), data[int(first) : int(last or len(data)) + 1]
                 headers = headers | {"Content-Range": f"bytes {first}-{int(first) + len(data) - 1}/{total}"}
+            if self.fault is not None and self.fault.change is not None:
+                data = self.fault.change(data)
             self.send_response(206 if wanted else status)
             for key, value in (headers | {"Content-Length": str(len(data))}).items():
                 self.send_header(key, value)

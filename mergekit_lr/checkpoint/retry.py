@@ -25,6 +25,8 @@ FIRST_PAUSE, LONGEST_PAUSE, MOST_PATIENCE = 1.0, 30.0, 300.0
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 OFFLINE = "HF_HUB_OFFLINE"
+YES = frozenset({"1", "ON", "YES", "TRUE"})
+"""What huggingface_hub takes for a yes in a setting, in any case of letters."""
 GETTING = "get the model"
 
 T = TypeVar("T")
@@ -58,7 +60,7 @@ def offline(wanted: bool) -> Iterator[None]:
             os.environ[OFFLINE] = before
         now = sys.modules.get("huggingface_hub.constants")
         if now is not None:
-            setattr(now, OFFLINE, was if constants is not None else before is not None and before != "0")
+            setattr(now, OFFLINE, was if constants is not None else str(before).upper() in YES)
 
 
 def is_offline() -> bool:
@@ -75,7 +77,8 @@ def patiently(place: Place, call: Callable[[], T], *, hint: str = "", doing: str
         CheckpointError: the Hub says no, or the machine is offline and the cache has not got it.
         ResourceError: it did not get through in `ATTEMPTS` tries; run the same command again.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    attempt = 1
+    while True:
         try:
             return call()
         except MergekitLrError:
@@ -92,7 +95,7 @@ def patiently(place: Place, call: Callable[[], T], *, hint: str = "", doing: str
                     fix="run the same command again later: what is done is kept",
                 ) from e
         time.sleep(wait)
-    raise AssertionError("unreachable")
+        attempt += 1
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -27,21 +27,25 @@ def download(place: Place, file: RemoteFile, target: Path, tell: Tell | None = N
         ResourceError: the Hub does not deliver, or the disk refuses.
     """
     partial = target.with_name(target.name + ".incomplete")
-    for last in (False, True):
-        patiently(place, lambda: _append(place, file, partial, tell), doing=f"download {file.name}")
-        wrong = file.matches(partial)
-        if not wrong:
-            break
-        fs.remove_file(partial)
-        if last:
-            raise CheckpointError(
-                f"{file.name!r} arrives damaged",
-                where=str(place),
-                why=f"{wrong}; it was fetched twice",
-                fix="try again later, or another revision; a proxy on the way may change it",
-            )
+    wrong = _arrive(place, file, partial, tell) and _arrive(place, file, partial, tell)
+    if wrong:
+        raise CheckpointError(
+            f"{file.name!r} arrives damaged",
+            where=str(place),
+            why=f"{wrong}; it was fetched twice",
+            fix="try again later, or another revision; a proxy on the way may change it",
+        )
     fs.fsync(partial)
     fs.rename(partial, target)
+
+
+def _arrive(place: Place, file: RemoteFile, partial: Path, tell: Tell | None) -> str:
+    """Fetch what ``partial`` lacks. What is wrong with it then, in words, and it is gone; empty where nothing is."""
+    patiently(place, lambda: _append(place, file, partial, tell), doing=f"download {file.name}")
+    wrong = file.matches(partial)
+    if wrong:
+        fs.remove_file(partial)
+    return wrong
 
 
 def _append(place: Place, file: RemoteFile, partial: Path, tell: Tell | None) -> None:
