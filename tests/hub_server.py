@@ -30,8 +30,9 @@ LARGE = (".safetensors", ".bin")
 class Fault:
     """Something that happens to the next ``times`` requests whose ``METHOD path range`` the pattern finds.
 
-    ``status``: the answer; ``cut``: bytes of the body after which the connection breaks; ``flip``: a byte of the body
-    that arrives changed; ``change``: the body that is sent in its place, its length stated right and its range not.
+    ``status``: the answer; ``headers``: what an answer says besides, or in place of what it should; ``cut``: bytes of
+    the body after which the connection breaks; ``flip``: a byte of the body that arrives changed; ``change``: the body
+    that is sent in its place, its length stated right and its range not.
     """
 
     pattern: str
@@ -303,7 +304,8 @@ def handler(hub: Hub, storage: bool) -> type[http.server.BaseHTTPRequestHandler]
             if self.fault is not None and self.fault.change is not None:
                 data = self.fault.change(data)
             self.send_response(206 if wanted else status)
-            for key, value in (headers | {"Content-Length": str(len(data))}).items():
+            told = headers | {"Content-Length": str(len(data))} | (self.fault.headers if self.fault is not None else {})
+            for key, value in told.items():
                 self.send_header(key, value)
             self.end_headers()
             if not with_body:

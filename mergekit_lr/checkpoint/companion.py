@@ -32,11 +32,10 @@ class CompanionFile(Checkpoint):
 
     facts: tuple[tuple[str, str], ...] = ()
     entries: dict[str, str] = field(default_factory=dict, repr=False)
-    inner: Checkpoint | None = field(default=None, repr=False)
+    inner: Checkpoint = field(default=None, repr=False)  # type: ignore[assignment]
     _sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
-        assert self.inner is not None
         entry = self.entries[name]
         if not entry.endswith(ROW):
             return self.inner.read(entry, start, stop, buffer)
@@ -44,10 +43,10 @@ class CompanionFile(Checkpoint):
 
     def _outer(self, name: str, entry: str, start: int, stop: int) -> Tensor:
         """Elements ``start .. stop`` of ``row_i col_j / sum(row)``: fp32, zero where the sum is."""
+        if start == stop:  # and for a weight without elements there is nothing to divide by
+            return torch.empty(0)
         rows, columns = self._factors(name, entry)
         width = columns.shape[-1]
-        if start == stop:
-            return torch.empty(0)
         first, last = start // width, (stop - 1) // width
         per_matrix = rows.numel() // columns.shape[0]
         which = torch.arange(first, last + 1) // per_matrix
@@ -58,7 +57,6 @@ class CompanionFile(Checkpoint):
         """Shares of each row ``[rows]`` and sums of each column ``[matrices, columns]``, kept after the first use."""
         known = self._sums.get(name)
         if known is None:
-            assert self.inner is not None
             shape = self.tensors[name].shape
             other = entry.removesuffix(ROW) + COLUMN
             found = [self.inner.read(e, 0, self.inner.tensors[e].numel).double() for e in (entry, other)]
@@ -69,8 +67,7 @@ class CompanionFile(Checkpoint):
         return known
 
     def close(self) -> None:
-        if self.inner is not None:
-            self.inner.close()
+        self.inner.close()
 
 
 def open_companion(path: str, suffixes: Sequence[str], *, what: str, make: str, factored: bool) -> CompanionFile:
@@ -117,18 +114,16 @@ def _facts(files: Sequence[Path]) -> tuple[tuple[str, str], ...]:
 
 def _enter(opened: CompanionFile, entry: str, suffix: str, factored: bool) -> None:
     """Note under its weight's name an entry that ends in ``suffix``, or in its row sums."""
-    assert opened.inner is not None
     info = opened.inner.tensors[entry]
     if factored and entry.endswith(suffix + ROW):
         name = entry.removesuffix(suffix + ROW)
         columns = opened.inner.tensors.get(name + suffix + COLUMN)
         if columns is None or name in opened.entries:
             return
-        shape = (*info.shape, columns.shape[-1])
-        if len(info.shape) < 1 or columns.shape != (*info.shape[:-1], columns.shape[-1]):
+        if not info.shape or not columns.shape or info.shape[:-1] != columns.shape[:-1]:
             why = f"rows {list(info.shape)}, columns {list(columns.shape)}"
             raise CheckpointError(f"the sums of {name!r} do not fit each other", where=opened.reference, why=why)
-        numel = info.numel * columns.shape[-1]
+        numel, shape = info.numel * columns.shape[-1], (*info.shape, columns.shape[-1])
         opened.tensors[name] = TensorInfo(name, "F32", shape, info.offset, numel * 4)
     elif entry.endswith(suffix) and entry != suffix and info.dtype in AVERAGED:
         name = entry[: len(entry) - len(suffix)]

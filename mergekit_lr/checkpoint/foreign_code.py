@@ -27,9 +27,9 @@ MOST = 1 << 28
 """Most bytes of a file with such a suffix: loaders read them whole."""
 
 
-def references(content: Any, path: str = "") -> Iterator[str]:
+def references(content: Any, path: str = "", depth: int = 0) -> Iterator[str]:
     """Where in a parsed JSON file code is named: ``auto_map``, ``text_config.attn_implementation``, ..."""
-    if path.count(".") > MAX_DEPTH:
+    if depth > MAX_DEPTH:  # no loader looks for any of it so far down
         return
     if isinstance(content, Mapping):
         for key, value in content.items():
@@ -37,10 +37,10 @@ def references(content: Any, path: str = "") -> Iterator[str]:
             if _names_code(str(key), value):
                 yield here
             else:
-                yield from references(value, here)
+                yield from references(value, here, depth + 1)
     elif isinstance(content, list):
         for i, value in enumerate(content):
-            yield from references(value, f"{path}.{i}" if path else str(i))
+            yield from references(value, f"{path}.{i}" if path else str(i), depth + 1)
 
 
 def without_code(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -87,7 +87,7 @@ def fetch(
     for wanted in _weight_patterns(small, adapter, allow_pickle):
         folder = snapshot(pinned, wanted, cache, hint)
         found = sorted({p.name for pattern in wanted for p in folder.glob(pattern)})
-        if found:
+        if found or (folder / INDEX).exists():
             _complete(folder, wanted, pinned)
             if verify:
                 check_cached(pinned, folder, [*found, *_config_files(folder)], cache, hint)

@@ -76,8 +76,8 @@ class Checkpoint:
     _opening: Lock = field(default_factory=Lock, repr=False)
 
     def file_position(self, name: str) -> tuple[str, int]:
-        """Sort key that follows the bytes on disk."""
-        return str(self.files[name]), self.tensors[name].offset
+        """Sort key that follows the bytes on disk; where the files lie, in a cache or beside the output, has no say."""
+        return f"{self.reference}/{self.files[name].name}", self.tensors[name].offset
 
     def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
         """Elements ``start .. stop`` of the flattened tensor, 1-D, in the stored dtype.

@@ -133,22 +133,13 @@ def _missing(place: Place, path: Path) -> CheckpointError:
 
 def _neighbours(path: Path) -> list[str]:
     """Paths that exist and are spelt almost like this one."""
-    for parent in path.parents:
-        if os.path.isdir(parent):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
-            break
-    else:
-        return []
+    parent = next(p for p in path.parents if os.path.isdir(p))  # noqa: PTH112 (Path.is_dir raises for too long a name)
     wanted = path.relative_to(parent).parts[0]
-    names = sorted(p.name for p in parent.iterdir()) if _readable(parent) else []
-    return [str(parent / n) for n in difflib.get_close_matches(wanted, names, n=2, cutoff=0.6)]
-
-
-def _readable(folder: Path) -> bool:
     try:
-        next(folder.iterdir(), None)
-    except OSError:
-        return False
-    return True
+        names = sorted(p.name for p in parent.iterdir())
+    except OSError:  # it may be entered and not listed
+        return []
+    return [str(parent / n) for n in difflib.get_close_matches(wanted, names, n=2, cutoff=0.6)]
 
 
 def _open_place(

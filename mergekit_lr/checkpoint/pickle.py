@@ -96,9 +96,14 @@ def check_archive(path: Path) -> None:
 
 @dataclass
 class ConvertedCheckpoint(Checkpoint):
-    """A checkpoint read from converted copies; ``temporary`` goes away with it."""
+    """A checkpoint read from converted copies; ``copies``: of which of the user's files. ``temporary`` is not kept."""
 
     temporary: Path | None = field(default=None, kw_only=True, repr=False)
+    copies: dict[Path, Path] = field(default_factory=dict, kw_only=True, repr=False)
+
+    def file_position(self, name: str) -> tuple[str, int]:
+        """By the user's files: what a copy is called depends on whether and when it was kept."""
+        return f"{self.reference}/{self.copies[self.files[name]].name}", self.tensors[name].offset
 
     def close(self) -> None:
         super().close()
@@ -152,6 +157,7 @@ def _join(whole: ConvertedCheckpoint, part: Checkpoint, source: Path) -> None:
         if name in whole.tensors:
             raise CheckpointError(f"tensor {name!r} is in two files", where=str(source))
         whole.tensors[name], whole.files[name] = info, part.files[name]
+        whole.copies[part.files[name]] = source
     status = source.stat()
     # The identity of the input is that of the user's file; the copy's times change with every run.
     header = part.stamps[0].header

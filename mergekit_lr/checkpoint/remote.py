@@ -193,7 +193,7 @@ def requested(place: Place, name: str, span: str) -> Iterator[Any]:
 
 
 def whole_size(response: Any) -> int | None:
-    """Size of the whole file, from the answer to a request for a part."""
-    whole = response.headers.get("content-range", "").rpartition("/")[2]
-    text = whole if whole.isdigit() else response.headers.get("content-length", "")
+    """Size of the whole file, from the answer to a request for a part; None where the server does not say it."""
+    part = response.headers.get("content-range")  # without it the whole file is coming, and its length is its size
+    text = response.headers.get("content-length", "") if part is None else part.rpartition("/")[2]
     return int(text) if text.isdigit() else None

@@ -91,9 +91,8 @@ class FileWriter:
             self._close()
 
     def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        os.close(self._fd)
+        self._fd = -1
 
     def __enter__(self) -> FileWriter:
         return self

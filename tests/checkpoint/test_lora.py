@@ -260,8 +260,10 @@ def test_equal_replacements_of_tied_tensors_stay_tied(tmp_path: Path) -> None:
         assert torch.equal(whole(checkpoint, "model.embed_tokens.weight"), new)
 
 
-def test_different_replacements_of_tied_tensors_untie(tmp_path: Path) -> None:
-    adapter = {"model.embed_tokens.weight": seeded(7, 6, 4), "lm_head.weight": seeded(8, 6, 4)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["of one dtype", "of two dtypes"])
+def test_different_replacements_of_tied_tensors_untie(tmp_path: Path, dtype: Any) -> None:
+    embedding, head = (seeded(7, 6, 4), seeded(8, 6, 4)) if dtype == torch.float32 else (torch.ones(6, 4),) * 2
+    adapter = {"model.embed_tokens.weight": embedding, "lm_head.weight": head.to(dtype)}
     with open_model(reference(*hand_made(tmp_path, EMBED, adapter, TIED))) as checkpoint:
         for name, tensor in adapter.items():
             assert torch.equal(whole(checkpoint, name), tensor)

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mergekit_lr.checkpoint.model import Checkpoint, inside, open_file, open_folder, read_json
+from mergekit_lr.checkpoint.header import read_header
+from mergekit_lr.checkpoint.model import Checkpoint, inside, open_file, open_folder, read_json, stamp_of
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.lazy import torch
 
@@ -324,3 +325,43 @@ def test_a_file_that_is_gone_when_it_is_read(tmp_path: Path) -> None:
         (tmp_path / "m.safetensors").unlink()
         with pytest.raises(CheckpointError, match="cannot open the file"):
             checkpoint.read("t", 0, 5)
+
+
+def test_a_file_that_became_something_else_has_changed(make_folder: Folder) -> None:
+    """Even one of the same size, time and inode: its header is read again."""
+    folder = make_folder()
+    path = folder / "model.safetensors"
+    with open_folder(folder, "m") as checkpoint:
+        assert checkpoint.changed() == []
+        status, data = path.stat(), path.read_bytes()
+        with path.open("r+b") as f:
+            f.write(b"\xff" * 16)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert checkpoint.changed() == [str(path.resolve())]
+        with path.open("r+b") as f:
+            f.write(data[:16])
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert checkpoint.changed() == []
+
+
+def test_a_file_that_grows_while_it_is_opened(make_folder: Folder) -> None:
+    path = make_folder() / "model.safetensors"
+    header = read_header(path)
+    with path.open("ab") as f:
+        f.write(b"more")
+    with pytest.raises(CheckpointError, match="the file changed while it was opened") as caught:
+        stamp_of(path, header)
+    assert caught.value.fix == "run again"
+
+
+def test_a_file_that_is_cut_while_its_header_is_read(make_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, pread = make_folder() / "model.safetensors", os.pread
+
+    def cutting(fd: int, count: int, offset: int) -> bytes:
+        found = pread(fd, count, offset)
+        os.truncate(path, 20)
+        return found
+
+    monkeypatch.setattr(os, "pread", cutting)
+    with pytest.raises(CheckpointError, match="the file ends inside its header"):
+        read_header(path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from mergekit_lr.checkpoint.open import local_path, open_model
 from mergekit_lr.checkpoint.reference import ModelReference, Place
 from mergekit_lr.errors import CheckpointError, RecipeError
+from mergekit_lr.lazy import torch
 
 from .conftest import reference, seeded
 
@@ -155,3 +158,41 @@ def test_any_reference_opens_or_raises_one_family(text: str, monkeypatch: pytest
     monkeypatch.setattr("mergekit_lr.checkpoint.hub.fetch", no_network)
     with pytest.raises((CheckpointError, RecipeError)):
         open_model(ModelReference.parse(text))
+
+
+def test_a_folder_that_may_not_be_listed_suggests_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user without rights; root would be let in."""
+    me = os.geteuid()
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
+        secret = Path(place) / "secret"
+        (secret / "llama-base").mkdir(parents=True)
+        Path(place).chmod(0o755)
+        secret.chmod(0o311)
+        try:
+            if me == 0:
+                os.seteuid(65534)
+            with pytest.raises(CheckpointError, match="no such model") as caught:
+                open_model(reference(secret / "lama-base"))
+        finally:
+            os.seteuid(me)
+            secret.chmod(0o755)
+        assert caught.value.fix == "give a local path, or a Hub id written org/name"
+        with pytest.raises(CheckpointError, match="did you mean"):
+            open_model(reference(secret / "lama-base"))
+
+
+def test_a_pickled_adapter_is_opened_only_if_asked(make_folder: Folder, tmp_path: Path) -> None:
+    base = make_folder("base", shards={"model.safetensors": {"layer.weight": seeded(1, 4, 3)}})
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    a, b = seeded(2, 1, 3), seeded(3, 4, 1)
+    names = [f"base_model.model.layer.lora_{x}.weight" for x in "AB"]
+    torch.save(dict(zip(names, (a, b), strict=True)), adapter / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="a pickle can run code") as caught:
+        open_model(reference(base, adapter))
+    assert "adapter_model.bin" in str(caught.value)
+    with open_model(reference(base, adapter), allow_pickle=True) as checkpoint:
+        got = checkpoint.read("layer.weight", 0, 12).view(4, 3)
+        assert torch.allclose(got.double(), seeded(1, 4, 3).double() + 2 * b.double() @ a.double(), atol=1e-6)

@@ -13,13 +13,15 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from mergekit_lr.checkpoint.open import open_model
-from mergekit_lr.checkpoint.pickle import check_archive, weight_files
-from mergekit_lr.errors import CheckpointError
+from mergekit_lr.checkpoint.pickle import _state_dict, check_archive, weight_files, write_plain
+from mergekit_lr.errors import CheckpointError, ResourceError
 from mergekit_lr.lazy import torch
 
 from .conftest import reference, seeded
@@ -389,3 +391,103 @@ def test_refusal_reaches_the_user_as_one_line(tmp_path: Path) -> None:
 def test_training_checkpoint_with_a_state_dict_inside(tmp_path: Path) -> None:
     path = save(tmp_path / "last.pt", {"state_dict": {"a": TENSORS["a"]}, "epoch": 3, "lr": 0.1})
     assert_same(path, expected={"a": TENSORS["a"]})
+
+
+# --- what a conversion does, in this process --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nearby(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions here instead of in a process that first imports torch. What they read was written by the test."""
+
+    def convert(sources: list[Path], target: Path, module: str) -> None:
+        write_plain(torch.load(sources[0], weights_only=True), target)
+
+    monkeypatch.setattr("mergekit_lr.checkpoint.pickle.convert", convert)
+
+
+def test_a_tensor_in_two_files_of_one_model_is_refused(tmp_path: Path, nearby: None) -> None:
+    for number in (1, 2):
+        save(tmp_path / f"pytorch_model-{number}.bin", {"a": TENSORS["a"]})
+    weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="tensor 'a' is in two files") as caught:
+        open_model(reference(tmp_path), allow_pickle=True)
+    assert "pytorch_model-2.bin" in str(caught.value)
+
+
+def test_a_file_that_the_index_names_and_that_is_not_there(tmp_path: Path) -> None:
+    weight_map = {"a": "pytorch_model-1.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="cannot read the file") as caught:
+        open_model(reference(tmp_path), allow_pickle=True)
+    assert "pytorch_model-1.bin" in str(caught.value) and caught.value.why == "No such file or directory"
+
+
+def test_an_archive_of_more_members_than_any_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "m.bin")
+    with zipfile.ZipFile(path) as archive:
+        members = len(archive.infolist())
+    monkeypatch.setattr("mergekit_lr.checkpoint.pickle.MAX_MEMBERS", members)
+    check_archive(path)
+    monkeypatch.setattr("mergekit_lr.checkpoint.pickle.MAX_MEMBERS", members - 1)
+    with pytest.raises(CheckpointError, match=f"it has {members} members"):
+        check_archive(path)
+
+
+def test_a_disk_without_room_for_the_copy_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "m.bin")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=path.stat().st_size - 1))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ResourceError, match="no room to convert pickled weights") as caught:
+        open_model(reference(path), allow_pickle=True)
+    assert "TMPDIR" in str(caught.value.fix) and f"{path.stat().st_size} bytes are needed" in str(caught.value.why)
+    assert list(tmp_path.iterdir()) == [path]  # nor is the temporary folder left
+
+
+def test_large_tensors_that_do_not_lie_in_order_are_written_in_order(tmp_path: Path) -> None:
+    """They are copied row by row, never whole."""
+    tensors = {"turned": seeded(7, 1100, 1000).T, "deep": seeded(8, 3, 700, 600).permute(0, 2, 1)}
+    write_plain(tensors, tmp_path / "f")
+    found = load_file(tmp_path / "f")
+    assert all(torch.equal(found[n], t) for n, t in tensors.items())
+
+
+def test_a_dtype_that_is_not_read_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tensor 'c' has dtype torch\.complex128, which is not read"):
+        write_plain({"c": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "f")
+
+
+@pytest.mark.parametrize("keys", [("state_dict",), ("model",), ("state_dict", "model"), ()])
+def test_where_the_tensors_of_a_training_checkpoint_are(keys: tuple[str, ...]) -> None:
+    content: dict[str, Any] = {"a": TENSORS["a"]}
+    for key in reversed(keys):
+        content = {key: content, **({"epoch": 3} if key == "state_dict" else {})}
+    assert list(_state_dict(content)) == ["a"]
+
+
+def test_a_limit_that_the_user_set_is_not_raised(tmp_path: Path) -> None:
+    program = """
+import resource, sys
+from mergekit_lr.checkpoint.pickle import confine
+most = 3 << 30
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+confine(1 << 40)
+assert resource.getrlimit(resource.RLIMIT_AS) == (most, most), resource.getrlimit(resource.RLIMIT_AS)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tensors_come_in_the_order_of_the_users_files_wherever_the_copies_are(tmp_path: Path, nearby: None) -> None:
+    """The order decides in which shard of an output a tensor is; a copy's name is a digest, or a number."""
+    model = tmp_path / "model"
+    model.mkdir()
+    names = [f"t{i:02}" for i in range(12)]
+    weight_map = {n: f"pytorch_model-{i + 1:05}-of-00012.bin" for i, n in enumerate(names)}
+    for name, file in weight_map.items():
+        save(model / file, {name: TENSORS["a"]})
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for cache in (None, tmp_path / "cache"):
+        with open_model(reference(model), allow_pickle=True, cache=cache) as checkpoint:
+            assert sorted(checkpoint.tensors, key=checkpoint.file_position) == names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.writer import Entry, FileWriter, write_safetensors
+from mergekit_lr.errors import ResourceError, UsageError
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -78,3 +81,45 @@ def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
         fs.set_hook(None)
     assert torch.equal(load_file(path)["x"], torch.ones(2))
     assert "rename" in seen and "fsync" in seen
+
+
+def test_one_process_writes_a_file_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    with FileWriter(path, [Entry("x", "F32", (2,))]) as first:
+        with pytest.raises(UsageError, match="another run is writing this file") as caught:
+            FileWriter(path, [Entry("x", "F32", (3,))])
+        assert caught.value.where == str(path) and "wait for it" in str(caught.value.fix)
+        first.write("x", torch.ones(2))
+    assert load_file(path)["x"].tolist() == [1.0, 1.0]
+    write_safetensors(path, {"x": torch.zeros(3)})  # and then the next
+
+
+@pytest.mark.parametrize("operation", ["truncate", "preallocate", "pwrite"])
+def test_a_disk_that_refuses_at_the_start_leaves_nothing(tmp_path: Path, operation: str) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    def full(name: str, path: str) -> None:
+        if name == operation:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fs.set_hook(full)
+    try:
+        with pytest.raises(ResourceError, match="No space left on device"):
+            write_safetensors(tmp_path / "f", {"x": torch.ones(2)})
+    finally:
+        fs.set_hook(None)
+    assert list(tmp_path.iterdir()) == [] and len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_file_that_was_put_in_the_place_of_ours_is_not_removed(tmp_path: Path) -> None:
+    partial = tmp_path / "f.partial"
+    with pytest.raises(ValueError, match="were not written"), FileWriter(tmp_path / "f", [Entry("x", "F32", (2,))]):
+        partial.unlink()
+        partial.write_bytes(b"of somebody else")
+    assert partial.read_bytes() == b"of somebody else"
+
+
+def test_a_dtype_that_the_format_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"torch\.complex128 cannot be stored in safetensors"):
+        write_safetensors(tmp_path / "f", {"x": torch.zeros(2, dtype=torch.complex128)})
+    assert list(tmp_path.iterdir()) == []

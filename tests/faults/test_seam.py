@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import errno
+import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -259,3 +261,125 @@ sys.stdin.read()
     assert again is not None and fs.is_at(again, path) and not fs.is_at(fd, path)
     os.close(fd)
     os.close(again)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_where_there_are_no_hard_links_a_whole_file_is_renamed_to_its_place(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", failing(code))
+    assert fs.create_whole(tmp_path / "a", b"0123456789")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+def test_another_failure_to_link_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", failing(errno.EIO))
+    with pytest.raises(ResourceError, match="cannot create the file"):
+        fs.create_whole(tmp_path / "a", b"0123456789")
+    assert list(tmp_path.iterdir()) == []
+
+
+def failing(code: int) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_where_blocks_cannot_be_reserved_a_file_still_has_its_size(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing(code))
+    fs.preallocate(tmp_path / "a", 12)
+    assert (tmp_path / "a").read_bytes() == bytes(12)
+
+
+def test_a_disk_without_the_blocks_is_an_error_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", failing(errno.ENOSPC))
+    with pytest.raises(ResourceError, match=r"cannot reserve 12 bytes \(No space left on device\)"):
+        fs.preallocate(tmp_path / "a", 12)
+
+
+def test_a_file_of_no_bytes_can_be_preallocated_and_an_old_one_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"0123456789")
+    for name in ("old", "new"):
+        fs.preallocate(tmp_path / name, 0)  # the system call itself refuses to reserve nothing
+        assert (tmp_path / name).read_bytes() == b""
+
+
+def test_only_a_place_that_is_taken_makes_moving_a_matter_of_chance(tmp_path: Path) -> None:
+    """A folder cannot go into itself: that is no race that somebody won."""
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    (tmp_path / "theirs" / "deep").mkdir(parents=True)
+    assert not fs.move(tmp_path / "mine", tmp_path / "theirs")
+    assert not fs.move(tmp_path / "none", tmp_path / "new")
+    with pytest.raises(ResourceError, match="cannot rename mine"):
+        fs.move(tmp_path / "mine", tmp_path / "mine" / "deep" / "new")
+    assert fs.move(tmp_path / "mine", tmp_path / "new") and (tmp_path / "new" / "deep").is_dir()
+
+
+def test_what_is_gone_with_its_parent_need_not_be_removed(tmp_path: Path) -> None:
+    fs.remove_tree(tmp_path / "none" / "deep")
+    fs.remove_if_empty(tmp_path / "none" / "deep")
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    fs.remove_if_empty(tmp_path / "full")
+    assert (tmp_path / "full" / "x").is_dir()
+
+
+def test_only_folders_are_removed_where_they_are_empty(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="cannot remove"):
+        fs.remove_if_empty(tmp_path / "file")
+    assert (tmp_path / "file").exists()
+
+
+def descriptors() -> set[str]:
+    return {p.name for p in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_where_there_are_no_locks_the_descriptor_comes_all_the_same(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", failing(code))
+    fd = fs.try_lock(tmp_path / "lock")
+    assert fd is not None and fs.is_at(fd, tmp_path / "lock")
+    os.close(fd)
+
+
+def test_a_lock_that_cannot_be_asked_for_is_an_error_and_nothing_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", failing(errno.EIO))
+    before = descriptors()
+    with pytest.raises(ResourceError, match="cannot lock"):
+        fs.try_lock(tmp_path / "lock")
+    assert descriptors() == before
+
+
+def test_a_lock_of_a_file_that_its_last_holder_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our opening the file and our locking it the holder may finish, and take the file with it."""
+    path, flock, taken = tmp_path / "lock", fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        taken.append(fd)
+        if len(taken) == 1:
+            path.unlink()  # gone
+        if len(taken) == 2:
+            path.rename(tmp_path / "moved")  # and another one made in its place
+            path.touch()
+        flock(fd, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    before = descriptors()
+    fd = fs.try_lock(path)
+    assert fd is not None and len(taken) == 3 and fs.is_at(fd, path)
+    assert len(descriptors() - before) == 1
+    monkeypatch.undo()
+    assert fs.try_lock(path) is None
+    os.close(fd)

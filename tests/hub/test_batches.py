@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,3 +143,46 @@ def test_what_is_nobodys_is_removed(tmp_path: Path) -> None:
         made.files[tmp_path / name] = Place("org/x"), RemoteFile(name, 2)
     made.find()
     assert {p.name for p in tmp_path.iterdir()} == {"mine", "begun.incomplete"} and made.used == 2
+
+
+def test_a_thread_waits_for_a_place_until_another_has_read() -> None:
+    made = store(4, [2, 2, 2])
+    made._readers.append(SimpleNamespace(let_go=lambda path: None))  # type: ignore[arg-type]
+    seen: list[set[Path]] = []
+
+    def read() -> None:
+        with made.held(Path("2")):
+            seen.append(set(made._there))
+
+    with made.held(Path("1")):
+        with made.held(Path("0")):
+            waiting = threading.Thread(target=read)
+            waiting.start()
+            waiting.join(0.2)
+            assert waiting.is_alive() and seen == []  # 0 and 1 are being read, and there is no third place
+        waiting.join(10)
+    assert seen == [paths(1, 2)] and made.fetched == 6
+
+
+def test_what_another_fetched_meanwhile_is_not_fetched_again() -> None:
+    """Two threads want the same shard while there is no place for it."""
+    made = store(4, [2, 2, 2])
+    made._readers.append(SimpleNamespace(let_go=lambda path: None))  # type: ignore[arg-type]
+    done: list[int] = []
+
+    def read() -> None:
+        with made.held(Path("2")):
+            done.append(made.fetched)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    with made.held(Path("0")), made.held(Path("1")):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(0.1)
+        assert done == []
+    for thread in threads:
+        thread.join(10)
+    assert done == [6, 6]
+    with made.held(Path("2")):  # nor later
+        assert made.fetched == 6

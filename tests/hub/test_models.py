@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import save
 
-from mergekit_lr.checkpoint.hub import SMALL_FILES
+from mergekit_lr.checkpoint.hub import SMALL_FILES, RemoteFile
 from mergekit_lr.lazy import torch
 
 from ..hub_server import COMMAND, SHA, Fault, Hub, Runner
@@ -278,3 +281,175 @@ def test_patterns_name_no_code() -> None:
 
     for name in ("modeling_x.py", "evil.pkl", "pytorch_model.bin", "x.pt", "run.sh", "model.onnx", "x.gguf"):
         assert not any(fnmatch(name, p) for p in SMALL_FILES)
+
+
+def test_headers_of_a_model_that_is_partly_in_the_cache(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    (before,) = ask(runner, tmp_path, "org/name")
+    forget(tmp_path, "model-2.safetensors")
+    hub.requests.clear()
+    (planned,) = ask(runner, tmp_path, ("org/name", {"headers_only": True}))
+    assert planned["kind"] == "RemoteCheckpoint" and planned["shapes"] == before["shapes"]
+    assert [r.span for r in hub.requests if r.storage] == ["bytes=0-131071"]  # of the one that is not there
+    assert hub.got() == {"model-2.safetensors"}
+
+
+def test_offline_a_shard_that_is_not_in_the_cache_is_named(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    ask(runner, tmp_path, "org/name")
+    hub.requests.clear()
+    for missing in ("model-2.safetensors", "model-1.safetensors"):  # one of two, and both
+        forget(tmp_path, missing)
+        (answer,) = ask(runner, tmp_path, "org/name", HF_HUB_OFFLINE="1")
+        assert answer["code"] == 4 and f"'{missing}' is not in the cache" in answer["error"]
+        assert "leave it out once to download" in answer["error"]
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("cached", [("model-1.safetensors",), ()], ids=["one of two", "none"])
+def test_shards_that_did_not_arrive_are_no_fault_of_the_model(
+    hub: Hub, runner: Runner, tmp_path: Path, cached: tuple[str, ...]
+) -> None:
+    """Where the Hub does not answer, huggingface_hub is content with what the cache has of a commit."""
+    hub.add("org/name", sharded())
+    ask(runner, tmp_path, "org/name")
+    for name in {"model-1.safetensors", "model-2.safetensors"} - set(cached):
+        forget(tmp_path, name)
+    hub.faults.append(Fault("GET /api/models/org/name/tree/", times=1000, status=403))
+    (answer,) = ask(runner, tmp_path, "org/name")
+    assert answer["code"] == 5 and "did not arrive" in answer["error"]
+    assert "run the same command again: what was fetched is kept" in answer["error"]
+    hub.faults.clear()
+    (again,) = ask(runner, tmp_path, "org/name")
+    assert again["values"] == {"a": [1.0, 2.0], "b": [3.0]}
+
+
+def forget(home: Path, name: str) -> None:
+    """Take a file out of the cache, and the list of what belongs there, which older caches do not have."""
+    for listed in home.rglob("trees/*.json"):
+        listed.unlink()
+    [cached] = home.rglob(f"snapshots/*/{name}")
+    cached.resolve().unlink()
+    cached.unlink()
+
+
+def test_offline_the_cache_itself_says_what_its_files_should_hold(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    """By the names of its blobs: sha256 for what is large, git's digest for what is small."""
+    hub.add("org/name", sharded())
+    (before,) = ask(runner, tmp_path, "org/name")
+    offline = {"HF_HUB_OFFLINE": "1"}
+    (sound,) = ask(runner, tmp_path, ("org/name", {"verify": True}), **offline)
+    assert sound["values"] == before["values"]
+    [config] = tmp_path.rglob("snapshots/*/config.json")
+    config.resolve().write_bytes(config.read_bytes().replace(b"llama", b"lhama"))
+    (damaged,) = ask(runner, tmp_path, ("org/name", {"verify": True}), **offline)
+    assert damaged["code"] == 4 and "'config.json' is damaged" in damaged["error"]
+    assert "its content is not what the Hub says" in damaged["error"]
+    # A file that stands there by itself, as on systems without links, has no name that says anything.
+    content = sharded()["config.json"]
+    config.resolve().unlink()
+    config.unlink()
+    config.write_bytes(content)
+    (unnamed,) = ask(runner, tmp_path, ("org/name", {"verify": True}), **offline)
+    assert unnamed["values"] == before["values"]
+
+
+def test_a_cached_file_that_was_cut_is_fetched_again(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", sharded())
+    (before,) = ask(runner, tmp_path, "org/name")
+    [cached] = tmp_path.rglob("snapshots/*/model-1.safetensors")
+    os.truncate(cached.resolve(), 10)
+    (mended,) = ask(runner, tmp_path, ("org/name", {"verify": True}))
+    assert mended["values"] == before["values"]
+    assert cached.read_bytes() == sharded()["model-1.safetensors"]
+
+
+def test_what_is_wrong_with_a_local_copy_is_said_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"abc")
+    sha256, git = hashlib.sha256(b"abc").hexdigest(), "f2ba8f84ab5c1bce84a7b441cb1959cfc7093b7f"  # git hash-object
+    assert RemoteFile("f", 4).matches(path) == "it has 3 bytes, and on the Hub 4"
+    assert RemoteFile("f", 3).matches(path) == ""  # the Hub states no digest
+    assert RemoteFile("f", 3, sha256=sha256).matches(path) == RemoteFile("f", 3, git=git).matches(path) == ""
+    path.write_bytes(b"abd")
+    assert RemoteFile("f", 3, sha256=sha256).matches(path) == "its sha256 is not what the Hub says"
+    assert RemoteFile("f", 3, git=git).matches(path) == "its content is not what the Hub says"
+
+
+HERE = """
+import mergekit_lr.checkpoint.pickle as pickles
+import torch
+def convert(sources, target, module):  # in this process: another one would first import torch
+    pickles.write_plain(torch.load(sources[0], weights_only=True), target)
+pickles.convert = convert
+"""
+
+
+def test_pickled_weights_from_the_hub_are_fetched_only_if_asked(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    def saved(**values: list[float]) -> bytes:
+        buffer = io.BytesIO()
+        torch.save({n: torch.tensor(v) for n, v in values.items()}, buffer)
+        return buffer.getvalue()
+
+    hub.add("org/one", {"config.json": b"{}", "pytorch_model.bin": saved(a=[1.0])})
+    weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
+    index = json.dumps({"weight_map": weight_map}).encode()
+    two = {"pytorch_model-1.bin": saved(a=[1.0]), "pytorch_model-2.bin": saved(b=[2.0])}
+    hub.add("org/two", {"config.json": b"{}", "pytorch_model.bin.index.json": index, **two, "optimizer.bin": b"x"})
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    factors = saved(**{"base_model.model.w.lora_A.weight": [[1.0]], "base_model.model.w.lora_B.weight": [[2.0]]})
+    hub.add("org/lora", {"adapter_config.json": json.dumps(config).encode(), "adapter_model.bin": factors})
+    hub.add("org/base", {"config.json": b"{}", "model.safetensors": shard(**{"w.weight": [[10.0]]})})  # type: ignore[list-item]
+    hub.add("org/nothing", {"adapter_config.json": json.dumps(config).encode()})
+    names = ["org/one", "org/two", "org/base+org/lora", "org/base+org/nothing"]
+
+    refused = ask(runner, tmp_path, *names)
+    assert ["holds no weights" in a["error"] for a in refused] == [True, True, False, False]
+    assert ["holds no adapter weights" in a["error"] for a in refused] == [False, False, True, True]
+    assert not any(name.endswith(".bin") for name in hub.got())
+
+    questions = [(name, {"allow_pickle": True}) for name in names]
+    done = runner.run(tmp_path, HERE + PROGRAM, json.dumps(questions))
+    assert done.returncode == 0, done.stderr
+    one, two_, adapted, nothing = json.loads(done.stdout)
+    assert one["values"] == {"a": [1.0]} and two_["values"] == {"a": [1.0], "b": [2.0]}
+    assert adapted["values"] == {"w.weight": [12.0]} and "holds no adapter weights" in nothing["error"]
+    assert "optimizer.bin" not in hub.got()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            Fault("GET /api/models", 9, change=lambda d: d.replace(b'"size": 112', b'"size": 113')),
+            "states two sizes of one",
+        ),
+        (
+            Fault(f"GET /org/name/{SHA}", 9, headers={"Content-Range": "bytes 0-111/*"}),
+            "does not say how large a file is",
+        ),
+        (Fault(f"GET /org/name/{SHA}", 9, change=lambda d: b"\xff" * len(d)), "not a sound safetensors file"),
+        (Fault(f"GET /org/name/{SHA}", 9, change=lambda d: d[:5]), "the Hub sent 5 of 112 bytes; 6 attempts"),
+    ],
+    ids=["two sizes", "no size", "no length", "less than asked for"],
+)
+def test_a_header_that_makes_no_sense_is_refused(
+    hub: Hub, runner: Runner, tmp_path: Path, fault: Fault, message: str
+) -> None:
+    weights = shard(a=[1.0, 2.0, 3.0, 4.0])
+    assert len(weights) == 112
+    hub.add("org/name", {"config.json": b"{}", "model.safetensors": weights})
+    hub.faults.append(fault)
+    (answer,) = ask(runner, tmp_path, ("org/name", {"headers_only": True}))
+    assert message in answer["error"] and answer["code"] == (5 if "attempts" in message else 4)
+    assert "model.safetensors" in answer["error"]
+
+
+def test_planning_a_model_that_is_one_file_and_cached(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    hub.add("org/name", {"config.json": b"{}", "model.safetensors": shard(a=[1.0])})
+    hub.add("org/parts", {"config.json": b"{}", "a.safetensors": shard(a=[1.0]), "b.safetensors": shard(b=[2.0])})
+    (one, parts) = ask(runner, tmp_path, "org/name", "org/parts")
+    hub.requests.clear()
+    questions = [(n, {"headers_only": True}) for n in ("org/name", "org/parts")]
+    assert [a["values"] for a in ask(runner, tmp_path, *questions)] == [one["values"], parts["values"]]
+    assert not any(r.storage for r in hub.requests)

@@ -331,3 +331,52 @@ def test_an_adapter_on_a_model_that_comes_and_goes(hub: Hub, runner: Runner, hom
     done = merge(runner, home, "--disk-budget", str(sum(map(len, whole.values())) + 4 * SHARD + 5000))
     assert done.returncode == 0, done.stderr
     assert content(home / "out") == whole
+
+
+def test_a_model_of_which_some_shards_are_cached_fetches_the_others(hub: Hub, runner: Runner, home: Path) -> None:
+    cached = merge(runner, home, out="cached")
+    assert cached.returncode == 0, cached.stderr
+    for link in home.rglob("snapshots/*/model-00002-of-00003.safetensors"):
+        link.resolve().unlink(missing_ok=True)  # of models with the same shard there may be several links
+        link.unlink()
+    hub.requests.clear()
+    done = merge(runner, home, "--disk-budget", "10MB")
+    assert done.returncode == 0, done.stderr
+    assert {r.path.rsplit("/", 1)[1] for r in hub.requests if r.storage} == {"model-00002-of-00003.safetensors"}
+    assert content(home / "out") == content(home / "cached")
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: Hub, runner: Runner, home: Path) -> None:
+    hub.faults.append(Fault("POST /api/models/me/m/commit", cut=0))
+    done = merge(runner, home, "--push", "me/m")
+    assert done.returncode == 0, done.stderr
+    repository = hub.repositories["me/m"]
+    assert len(repository.commits) == 1 and hub.faults[0].times == 0
+    assert done.stdout.split() == ["out", f"me/m@{repository.commit}"]
+    assert repository.files == {p.name: p.read_bytes() for p in (home / "out").iterdir()}
+
+
+def test_a_commit_of_somebody_else_meanwhile_is_no_answer_to_ours(hub: Hub, runner: Runner, home: Path) -> None:
+    """The first try fails before anything is done, and a file of another's is there: ours is committed, whole."""
+    hub.add("me/m", {".gitattributes": b"x", "model-00001-of-00003.safetensors": b"theirs"})
+    hub.faults.append(Fault("POST /api/models/me/m/commit", status=503))
+    done = merge(runner, home, "--push", "me/m", "--overwrite")
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories["me/m"].files
+    assert len(hub.repositories["me/m"].commits) == 1 and weights(files) == content(home / "out")
+
+
+def test_a_report_that_is_none_of_ours_is_something_already(hub: Hub, runner: Runner, home: Path) -> None:
+    for report in (b"no JSON", b"[1]"):
+        hub.add("me/m", {"merge_report.json": report})
+        done = merge(runner, home, "--push", "me/m")
+        assert done.returncode == 2 and "'merge_report.json' among them" in done.stderr
+    assert hub.repositories["me/m"].commits == []
+
+
+def test_a_shard_that_the_hub_wants_within_the_commit(hub: Hub, runner: Runner, home: Path) -> None:
+    hub.faults.append(Fault("POST .*/preupload", times=99, change=lambda data: data.replace(b'"lfs"', b'"regular"')))
+    done = merge(runner, home, "--push", "me/m")
+    assert done.returncode == 0, done.stderr
+    assert hub.count("PUT /upload/") == 0
+    assert hub.repositories["me/m"].files == {p.name: p.read_bytes() for p in (home / "out").iterdir()}
