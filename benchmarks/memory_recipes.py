@@ -148,7 +148,7 @@ def _experts(root: Path, chance: Random, method: str) -> dict[str, Any]:
     }
 
 
-BUNDLES: dict[str, Parameters] = {"tall_masks": {"lambda": 0.4}, "two_values": {}}
+BUNDLES: dict[str, Parameters] = {"tall_masks": {"lambda": 0.4}, "two_values": {}, "quantized": {"bits": 3}}
 
 
 def _bundle(root: Path, chance: Random, method: str) -> dict[str, Any]:

@@ -72,6 +72,7 @@ CODES = {
     "factor": "mergekit_lr.lowrank.codes:Factor",
     "low_rank": "mergekit_lr.lowrank.codes:LowRank",
     "masked": "mergekit_lr.bundle.masks:Masked",
+    "offsets": "mergekit_lr.bundle.quantized:Offsets",
     "select": "mergekit_lr.bundle.two_values:Select",
 }
 """Where each code lives. A new one is a line here and a class there."""
