@@ -73,6 +73,10 @@ ROWS = [
         "TALL on TIES (half kept), lambda by held-out loss",
         _full("tall_masks", **{"lambda": "grid", "multi_task": "ties", "density": 0.5}),
     ),
+    Row(
+        "TALL on TIES over the model (half kept), lambda by held-out loss",
+        _full("tall_masks", **{"lambda": "grid", "multi_task": "ties", "density": 0.5, "threshold_scope": "model"}),
+    ),
     Row("two values", _full("two_values")),
     *(Row(f"quantized, {bits} bit{'s' * (bits > 1)}", _full("quantized", bits=bits)) for bits in (1, 2, 3, 4, 6)),
     Row("quantized, 3 bits, groups of 256", _full("quantized", bits=3, group=256)),

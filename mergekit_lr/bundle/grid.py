@@ -43,6 +43,7 @@ class Open:
     tasks: tuple[str, ...]
     checkpoints: tuple[Checkpoint, ...]  # the base's first
     on_grid: tuple[str, ...] = ()  # tasks whose lambda is not chosen yet
+    model_wide: bool = False  # trimmed where all tensors of a task vector compete
 
 
 def choose(work: Preparation, tensors: Sequence[Open], tasks: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from mergekit_lr.localize import elected, summed, wanted
 from mergekit_lr.method import GRID, Call, Parameters, Pass, Piece
 from mergekit_lr.pieces import drive, fold_all, sample_spans
 from mergekit_lr.rewrite import Desk
+from mergekit_lr.selection import Cut
 from mergekit_lr.sparsify import LargestMagnitude
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ TRIM = LargestMagnitude()
 
 @dataclass(frozen=True)
 class Packing:
-    """One tensor of a bundle. ``lambdas``: one for each task, None where it is fitted to the tensor."""
+    """One tensor of a bundle. ``lambdas``: one for each task, None where it is fitted to the tensor.
+
+    ``cuts``: what is kept of each task vector, where that is known; otherwise it is found in the tensor.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -37,17 +41,22 @@ class Packing:
     ties: bool
     density: float
     factor: bool
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
 
-class _Trimming(Parameters):
+class Trimming(Parameters):
+    """What `TRIM` must know of a merge."""
+
     threshold_scope: str = "tensor"
 
 
-class _Share(Parameters):
+class Share(Parameters):
+    """What `TRIM` must know of a model."""
+
     density: float
 
 
@@ -131,12 +140,12 @@ class Parts:
         self._call = Call(
             name=job.name,
             shape=job.shape,
-            merge=_Trimming(),
-            models=(_Share(density=job.density),) * len(job.lambdas),
+            merge=Trimming(),
+            models=(Share(density=job.density),) * len(job.lambdas),
             has_base=True,
         )
         if job.ties:
-            self._cuts = drive(TRIM.statistics(self._call, None), self._look)
+            self._cuts = list(job.cuts) or drive(TRIM.statistics(self._call, None), self._look)
 
     def blocks(self) -> Iterator[tuple[int, list[Tensor]]]:
         """(first element, base and tasks as stored)."""
