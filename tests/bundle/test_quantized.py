@@ -22,8 +22,6 @@ from mergekit_lr.bundle.quantized import Quantizing, quantize, spans
 from mergekit_lr.errors import CheckpointError, NonFiniteError, RecipeError
 from mergekit_lr.method import GRID
 
-from ..killing import killed_everywhere
-
 SHAPES = {"a.weight": (150, 500), "b.weight": (3, 5), "c.weight": (9, 2, 50), "norm.weight": (70,)}
 Maker = Callable[..., list[str]]
 
@@ -306,17 +304,6 @@ def test_a_bundle_whose_numbers_do_not_fit_is_refused(write: Maker, tmp_path: Pa
     path.write_text(json.dumps(content))
     with open_bundle(tmp_path / "bundle") as bundle, pytest.raises(CheckpointError, match="does not fit what is"):
         bundle.state_dict("t0")["a.weight"]
-
-
-@pytest.mark.slow
-def test_killed_at_every_operation_while_packing(write: Maker, tmp_path: Path) -> None:
-    paths = write([{"a.weight": m["a.weight"][:5].contiguous()} for m in draw(2)])
-    action = f"""
-from mergekit_lr import merge
-def act(out):
-    merge({recipe(paths)!r}, out, device="cpu", threads=1)
-"""
-    assert killed_everywhere(action, tmp_path / "work") > 20
 
 
 def test_jobs_are_plain_data() -> None:

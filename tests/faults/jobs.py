@@ -97,6 +97,20 @@ def bundle(folder: Path) -> Act:
 
 
 @job
+def quantized(folder: Path) -> Act:
+    recipe = {**packing(folder), "merge_method": "quantized", "parameters": {"bits": 3}}
+    return lambda out: merge(recipe, out, device="cpu", threads=1)
+
+
+@job
+def trimmed(folder: Path) -> Act:
+    """Thresholds over the model are found, and kept, before anything is packed."""
+    wide = {"multi_task": "ties", "threshold_scope": "model"}
+    recipe = {**packing(folder), "parameters": wide}
+    return lambda out: merge(recipe, out, device="cpu", threads=1)
+
+
+@job
 def recover(folder: Path) -> Act:
     merge(packing(folder), folder / "bundle", device="cpu", threads=1)
     return lambda out: mergekit_lr.recover(folder / "bundle", "t1", out, device="cpu", threads=1)
