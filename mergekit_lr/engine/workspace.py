@@ -280,12 +280,16 @@ class Workspace:
                 fs.remove_file(path)
 
     def _empty(self) -> None:
-        """Remove everything but the lock; last what says that the folder is a run's."""
+        """Remove everything but the lock; last, when the rest is durably gone, what says that the folder is a run's."""
         with fs.explained("look into", self.root):
-            names = sorted((p.name for p in self.root.iterdir()), key=lambda n: (n in MARKS, n))
-        for name in names:
-            if name != "lock":
-                fs.remove_tree(self.root / name)
+            names = {p.name for p in self.root.iterdir()}
+        rest = sorted(names - set(MARKS))
+        for name in rest:
+            fs.remove_tree(self.root / name)
+        if rest:
+            fs.fsync(self.root)  # else a power failure could leave a folder that no run would call its own
+        for name in sorted(names & set(MARKS) - {"lock"}):
+            fs.remove_tree(self.root / name)
 
     def discard(self) -> None:
         """Remove ``OUT.partial``, the lock last: until then nobody else takes the folder for theirs."""

@@ -36,6 +36,12 @@ def test_the_power_fails_at_some_operations(tmp_path: Path) -> None:
     assert found["power failures"] == 3 * 14
 
 
+def test_the_power_fails_while_the_last_is_tidied_up(tmp_path: Path) -> None:
+    """Any of the last removals may be lost; what is left must still be known as a run's."""
+    found = run("overwrite", tmp_path, power=3, states=12, seed=3)
+    assert found["power failures"] == 3 * 12
+
+
 def test_some_operations_fail(tmp_path: Path) -> None:
     """Each operation, with one of the errors in turn, once or from there on."""
     found = run("dense", tmp_path, fault=None)
