@@ -79,6 +79,10 @@ ROWS = [
     ),
     Row("two values", _full("two_values")),
     *(Row(f"quantized, {bits} bit{'s' * (bits > 1)}", _full("quantized", bits=bits)) for bits in (1, 2, 3, 4, 6)),
+    *(
+        Row(f"quantized, {bits} bits, least squares", _full("quantized", bits=bits, scale="squares"))
+        for bits in (2, 3, 4)
+    ),
     Row("quantized, 3 bits, groups of 256", _full("quantized", bits=3, group=256)),
     *(
         Row(f"quantized, {bits} bits, from the base", _full("quantized", bits=bits, center="base"))

@@ -28,12 +28,13 @@ class Quantized(Rewrite):
 
         W_t = C + s (code - zero),   zero = 2^(bits - 1), with one or two bits (2^bits - 1) / 2,
 
-    the nearest to its offset. s is the one of least squared error among a few, fitted to each group. Tensors of fewer
-    than two dimensions, and those that would not become smaller, are stored exactly. Size:
-    ``(1 + T (bits + 16 / group) / 16) / T`` of T bf16 models. Elementwise in fp32; each input is read once.
+    the nearest to its offset. s is the smallest that leaves every entry within s / 2 (``scale: covering``), or one that
+    is fitted by squared error. Tensors of fewer than two dimensions, and those that would not become smaller, are
+    stored exactly. Size: ``(1 + T (bits + 16 / group) / 16) / T`` of T bf16 models. Elementwise in fp32; each input is
+    read once.
 
     Source: Kim et al., "Task vector quantization for memory-efficient model merging", ICCV 2025, arXiv:2503.06921, of
-    which this is a variant: groups, fitted scales, and its residual form's shared part in the center.
+    which this is a variant: groups with a scale each, and its residual form's shared part in the center.
     """
 
     name = "quantized"
@@ -45,6 +46,11 @@ class Quantized(Rewrite):
 
     class Merge(Parameters):
         group: int = parameter(64, ge=8, le=GRID, description="neighbours in a row that share one bf16 scale")
+        scale: Literal["covering", "squares"] = parameter(
+            "covering",
+            description="a group's scale: the smallest that leaves no offset off by more than half a step, or that of "
+            "least squared error; one bit always takes the second",
+        )
         center: Literal["mean", "base"] = parameter(
             "mean", description="what offsets are taken from: the mean of the tasks, or the base, which is then kept"
         )
@@ -103,6 +109,7 @@ def _quantized(layout: BundleLayout, info: TensorInfo, tasks: list[str]) -> None
         bits=tuple(b if worth else None for b, worth in zip(bits, packed, strict=True)),
         group=merge.group,
         mean=merge.center == "mean",
+        squares=merge.scale == "squares",
     )
     layout.tasks.append(Task("quantized", name, layout.sources(name, tasks), call, held=2 * len(tasks) + 12))
 

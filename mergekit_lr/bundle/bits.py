@@ -7,10 +7,13 @@ with zeros. With one bit that is a mask (`mergekit_lr.bundle.masks`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
+from mergekit_lr import host
 from mergekit_lr.lazy import torch
 
 if TYPE_CHECKING:
@@ -47,3 +50,38 @@ def unpack_codes(packed: Tensor, elements: int, bits: int) -> Tensor:
     for k in range(8):
         found[:, k] = (word >> bits * k) & (1 << bits) - 1
     return found.view(-1)[:elements]
+
+
+def levels_of(packed: Tensor, elements: int, bits: int, zero: float) -> Tensor:
+    """``code - zero`` of every element, ``bf16 [n]``: exact for the zeros of `mergekit_lr.bundle.quantized`.
+
+    On a CPU two to eight at a time, from a table that stays in a core's first caches: several times faster than
+    shifting each out of its bytes and converting it.
+    """
+    if bits == 8 or not host.through_numpy(packed):
+        return unpack_codes(packed, elements, bits).to(torch.float32).sub_(zero).to(torch.bfloat16)
+    rows, several = _table(bits, zero)
+    if 8 % bits == 0:
+        places: npt.NDArray[Any] = packed.numpy()
+    else:
+        words = -(-elements // 8)
+        room = np.zeros(words * bits + 8, np.uint8)  # words are read eight bytes wide
+        room[: packed.numel()] = packed.numpy()
+        word = np.ndarray((words,), "<u8", room, strides=(bits,)).copy()
+        places = np.empty((words, 8 // several), np.uint16)
+        for k in range(8 // several):
+            places[:, k] = (word >> np.uint64(k * several * bits)) & np.uint64((1 << several * bits) - 1)
+    out = torch.empty(places.size * several, dtype=torch.bfloat16)
+    # "clip" writes straight into `out`; a place is never outside the table.
+    np.take(rows, places.reshape(-1), out=out.view(torch.int16).numpy().view(rows.dtype), mode="clip")
+    return out[:elements]
+
+
+@cache
+def _table(bits: int, zero: float) -> tuple[npt.NDArray[Any], int]:
+    """Every run of codes that a place of 8 to 14 bits can hold, as levels in bf16, one row a number; and how many."""
+    several = {1: 8, 2: 4, 3: 4}.get(bits, 2)
+    every = torch.arange(1 << bits * several)[:, None] >> bits * torch.arange(several) & (1 << bits) - 1
+    levels = (every.to(torch.float32) - zero).to(torch.bfloat16).contiguous()
+    wide = {4: np.int32, 8: np.int64, 16: np.complex128}[2 * several]
+    return levels.view(torch.int16).numpy().view(wide).reshape(-1), several

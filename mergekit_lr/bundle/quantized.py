@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.bundle.bits import pack_codes, stream_bytes, unpack_codes
+from mergekit_lr.bundle.bits import levels_of, pack_codes, stream_bytes
 from mergekit_lr.bundle.codes import Code
 from mergekit_lr.bundle.manifest import Recovered
 from mergekit_lr.checkpoint.dtypes import torch_dtype
@@ -42,6 +42,7 @@ class Quantizing:
     bits: tuple[int | None, ...]
     group: int
     mean: bool
+    squares: bool
 
 
 def rows_of(shape: Sequence[int]) -> tuple[int, int]:
@@ -61,12 +62,12 @@ def zero_of(bits: int) -> float:
     return 2.0 ** (bits - 1) if bits > 2 else (2**bits - 1) / 2
 
 
-def quantize(offsets: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def quantize(offsets: Tensor, bits: int, group: int, squares: bool) -> tuple[Tensor, Tensor]:
     """``[rows, columns]`` fp32 to codes ``uint8 [rows, columns]`` and scales ``bf16 [rows, groups]``.
 
-    The scale of a group is that of least squared error among a few: its range clipped by each of `CLIPS`, and for each
-    the least-squares scale of the codes that it gives. An entry gets the code of the nearest level. A group of zeros
-    has scale zero.
+    An entry gets the code of the nearest level. A group's scale is the smallest that leaves no entry off by more than
+    half of it; or with ``squares``, and for one bit, that of least squared error among a few: the range clipped by each
+    of `CLIPS`, and for each the least-squares scale of the codes that it gives. A group of zeros has scale zero.
     """
     rows, columns = offsets.shape
     width = max(1, min(group, columns))
@@ -79,13 +80,29 @@ def quantize(offsets: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
         there = torch.ones((number, width), dtype=torch.float32, device=x.device)
         there[-1, width - spare :] = 0
         there = there.repeat(rows, 1).t().contiguous()
-    scales = _best_scales(x, bits, there)
+    scales = _least_squares(x, bits, there) if squares or bits == 1 else _covering(x, bits)
     codes = (_levels(x, scales, bits) + zero_of(bits)).nan_to_num_(0.0).to(torch.uint8)
     flat = codes.t().reshape(rows, number * width)[:, :columns]
     return flat.contiguous(), scales.to(torch.bfloat16).view(rows, number)
 
 
-def _best_scales(x: Tensor, bits: int, there: Tensor | None) -> Tensor:
+def _covering(x: Tensor, bits: int) -> Tensor:
+    """``[width, groups]`` to a bf16 number a group, in fp32, rounded up in magnitude."""
+    levels = 2.0**bits
+    low, high = (side.clamp_(min=0) + 0.0 for side in (-x.amin(0), x.amax(0)))  # no negative zero
+    if bits > 2:  # one side has a level more; the ends reach half a step further
+        more, less = (levels + 1) / 2, (levels - 1) / 2
+        up = torch.maximum(low / more, high / less)
+        down = torch.maximum(high / more, low / less)
+        wanted = torch.where(up <= down, up, -down)
+    else:
+        wanted = torch.maximum(low, high) / (levels / 2)
+    near = wanted.to(torch.bfloat16)
+    short = near.to(torch.float32).abs() < wanted.abs()
+    return (near.view(torch.int16) + short).view(torch.bfloat16).to(torch.float32)
+
+
+def _least_squares(x: Tensor, bits: int, there: Tensor | None) -> Tensor:
     """``[width, groups]`` to a bf16 number a group, in fp32. ``there``: zero where a row's last group is filled up."""
     low, high, zero = x.amin(0), x.amax(0), zero_of(bits)
     if bits > 2:
@@ -172,7 +189,7 @@ def quantize_tensor(job: Quantizing, desk: Desk) -> dict[str, Any]:
                 continue
             bits = streams[t].bits
             offsets = (w - wide).view(rows, -1)
-            codes, scales = quantize(offsets, bits, job.group)
+            codes, scales = quantize(offsets, bits, job.group, job.squares)
             streams[t].add(codes)
             desk.write(places[t] + 1, scales, written[t])
             written[t] += scales.numel()
@@ -256,8 +273,18 @@ class Offsets(Code):
             e = min(end, a + GRID)
             center = desk.read(0, a, e, dtype=dtype)
             packed = desk.read(1, a * bits // 8, stream_bytes(e, bits), dtype=torch.uint8)
-            moved = _offsets(unpack_codes(packed, e - a, bits), bits, scales.of(a, e))
-            desk.write(0, moved.add_(center.to(torch.float32)).to(dtype), a)
+            levels = levels_of(packed, e - a, bits, zero_of(bits))
+            out = desk.room(0, a, e)
+            desk.write(0, added(center, levels, scales.of(a, e), out), a)
+
+
+def added(center: Tensor, levels: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    """``center + scales * levels`` into ``out``, of the center's dtype; ``levels`` and ``scales`` are bf16."""
+    if center.dtype == torch.bfloat16:
+        # One operation that widens to fp32 inside. The product is exact, so it may be fused with the addition or not.
+        return torch.addcmul(center, levels, scales, out=out)
+    moved = levels.to(torch.float32).mul_(scales.to(torch.float32))
+    return out.copy_(moved.add_(center.to(torch.float32)))
 
 
 class _Scales:
@@ -271,16 +298,16 @@ class _Scales:
 
     def of(self, start: int, stop: int) -> Tensor:
         if stop == start:
-            return self.desk.read(2, 0, 0)
+            return self.desk.read(2, 0, 0, dtype=torch.bfloat16)
         first, last = self._group(start), self._group(stop - 1)
         fresh = first if self._held is None else self._next
-        found = self.desk.read(2, fresh, last + 1)
+        found = self.desk.read(2, fresh, last + 1, dtype=torch.bfloat16)
         if self._held is not None and first < fresh:
             found = torch.cat([self._held, found])  # the group that the last run ended in
         self._held, self._next = found[-1:], last + 1
         before = start - self._begin(first)
         if self.columns % self.group == 0:
-            return found.repeat_interleave(self.group)[before : before + stop - start]
+            return found.unsqueeze(1).expand(-1, self.group).reshape(-1)[before : before + stop - start]
         sizes = torch.full((last + 1 - first,), self.group, dtype=torch.int64, device=found.device)
         short = self.number - 1 - first % self.number
         sizes[short :: self.number] = self.columns % self.group

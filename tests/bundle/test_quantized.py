@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lr import inspect, merge, open_bundle, recover, verify
-from mergekit_lr.bundle.bits import pack_codes, stream_bytes, unpack_codes
+from mergekit_lr.bundle.bits import levels_of, pack_codes, stream_bytes, unpack_codes
 from mergekit_lr.bundle.quantized import Quantizing, quantize, spans
 from mergekit_lr.errors import CheckpointError, NonFiniteError, RecipeError
 from mergekit_lr.method import GRID
@@ -52,7 +52,7 @@ def recipe(paths: list[str], **parameters: Any) -> dict[str, Any]:
     return {"merge_method": "quantized", "base_model": paths[0], "models": models, "parameters": parameters}
 
 
-def levels_of(bits: int) -> np.ndarray[Any, Any]:
+def every_level(bits: int) -> np.ndarray[Any, Any]:
     """Every level of a scale of one, as the documentation says."""
     codes = np.arange(2**bits, dtype=np.float64)
     return codes - (2 ** (bits - 1) if bits > 2 else (2**bits - 1) / 2)
@@ -67,22 +67,32 @@ def test_a_stream_is_little_endian_and_without_waste(bits: int, n: int, seed: in
     assert bytes(packed.tolist()) == whole.to_bytes(-(-n * bits // 8), "little")
     assert packed.numel() == stream_bytes(n, bits)
     assert unpack_codes(packed, n, bits).tolist() == codes.tolist()
+    zero = 2.0 ** (bits - 1) if bits > 2 else (2**bits - 1) / 2
+    assert levels_of(packed, n, bits, zero).tolist() == (codes - zero).tolist()
 
 
-@given(st.integers(1, 8), st.sampled_from([8, 13, 64]), st.integers(1, 100), st.integers(0, 9999))
+@given(st.integers(1, 8), st.sampled_from([8, 13, 64]), st.integers(1, 100), st.booleans(), st.integers(0, 9999))
 @settings(deadline=None, max_examples=60)
-def test_every_entry_gets_the_nearest_level(bits: int, group: int, columns: int, seed: int) -> None:
+def test_every_entry_gets_the_nearest_level(bits: int, group: int, columns: int, squares: bool, seed: int) -> None:
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
-    codes, scales = quantize(x, bits, group)
+    codes, scales = quantize(x, bits, group, squares)
     width = min(group, columns)
     assert scales.shape == (3, -(-columns // width))
-    levels, step = levels_of(bits), scales.double().numpy().repeat(width, axis=1)[:, :columns]
+    levels, step = every_level(bits), scales.double().numpy().repeat(width, axis=1)[:, :columns]
     values = x.double().numpy()
     error = np.abs(levels[codes.numpy()] * step - values)
     nearest = np.abs(levels[:, None, None] * step - values).min(axis=0)
     assert error == pytest.approx(nearest, abs=1e-6)
     inside = (values / step >= levels[0] - 0.5) & (values / step <= levels[-1] + 0.5)
     assert (error[inside] <= np.abs(step[inside]) / 2 * (1 + 1e-6)).all()
+    if squares or bits == 1:
+        return
+    assert (error <= np.abs(step) / 2 * (1 + 1e-6)).all()
+    # with a scale that is smaller by two units of bf16 an entry is off by more than half a step, whatever its sign
+    smaller = step * (1 - 2**-6)
+    for sign in (1, -1):
+        off = np.abs(levels[:, None, None] * smaller * sign - values).min(axis=0) > np.abs(smaller) / 2
+        assert all(off[:, k : k + width].any(axis=1).all() for k in range(0, columns, width))
 
 
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(0, 9999))
@@ -90,10 +100,10 @@ def test_every_entry_gets_the_nearest_level(bits: int, group: int, columns: int,
 def test_what_lies_on_a_grid_is_exact(bits: int, columns: int, seed: int) -> None:
     """Levels of one scale, both ends among them; and the grid that leaves the odd level out."""
     g = np.random.default_rng(seed)
-    for levels in (levels_of(bits), levels_of(bits)[1:]) if bits > 2 else (levels_of(bits),):
+    for levels in (every_level(bits), every_level(bits)[1:]) if bits > 2 else (every_level(bits),):
         own = np.concatenate([levels[[0, -1]], g.choice(levels, columns)]) * g.choice([0.75, -0.0078125])
-        codes, scales = quantize(torch.from_numpy(own).float()[None], bits, 8)
-        assert (levels_of(bits)[codes.numpy()] * scales.double().numpy() == own).all()
+        codes, scales = quantize(torch.from_numpy(own).float()[None], bits, 8, squares=True)
+        assert (every_level(bits)[codes.numpy()] * scales.double().numpy() == own).all()
 
 
 @pytest.mark.parametrize(("bits", "most"), [(1, 0.37), (2, 0.117), (3, 0.035), (4, 0.0095), (6, 0.00062), (8, 4e-5)])
@@ -101,8 +111,8 @@ def test_gaussian_error_is_near_that_of_the_best_uniform_levels(bits: int, most:
     """Max, "Quantizing for minimum distortion", 1960, has 0.363, 0.119, 0.0374 and 0.0115 for one scale that knows the
     law; here each 64 entries have a scale of their own, so a little less is possible."""
     x = torch.randn(200, 640, generator=torch.Generator().manual_seed(0))
-    codes, scales = quantize(x, bits, 64)
-    back = levels_of(bits)[codes.numpy()] * scales.double().numpy().repeat(64, axis=1)
+    codes, scales = quantize(x, bits, 64, squares=True)
+    back = every_level(bits)[codes.numpy()] * scales.double().numpy().repeat(64, axis=1)
     assert float(((back - x.double().numpy()) ** 2).mean()) < most
 
 
@@ -111,13 +121,14 @@ def test_the_scale_is_better_than_the_largest_entry_gives_and_zeros_stay_zeros()
     x[0] = 0
     x[1, 3:] = 0
     for bits in (2, 3, 4):
-        codes, scales = quantize(x, bits, 64)
-        back = levels_of(bits)[codes.numpy()] * scales.double().numpy()
+        assert quantize(x, bits, 64, squares=False)[1][0] == 0
+        codes, scales = quantize(x, bits, 64, squares=True)
+        back = every_level(bits)[codes.numpy()] * scales.double().numpy()
         assert scales[0] == 0
         assert (back[0] == 0).all()
         assert bits == 2 or (back[1, 3:] == 0).all()
-        ends = np.abs(x.numpy()).max(axis=1, keepdims=True) / -levels_of(bits)[0]
-        plain = np.abs(levels_of(bits)[:, None, None] * np.maximum(ends, 1e-30) - x.double().numpy()).min(axis=0)
+        ends = np.abs(x.numpy()).max(axis=1, keepdims=True) / -every_level(bits)[0]
+        plain = np.abs(every_level(bits)[:, None, None] * np.maximum(ends, 1e-30) - x.double().numpy()).min(axis=0)
         assert ((back - x.double().numpy()) ** 2).sum() < (plain**2).sum()
 
 
@@ -134,13 +145,15 @@ def test_pieces_cover_a_tensor_and_split_no_group(shape: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("center", "bits", "group"), [("mean", 3, 64), ("base", 5, 24)])
+@pytest.mark.parametrize(
+    ("center", "bits", "group", "scale"), [("mean", 3, 64, "covering"), ("base", 5, 24, "squares")]
+)
 def test_tasks_come_out_as_the_formula_says(
-    write: Maker, tmp_path: Path, dtype: torch.dtype, center: str, bits: int, group: int
+    write: Maker, tmp_path: Path, dtype: torch.dtype, center: str, bits: int, group: int, scale: str
 ) -> None:
     """The formula in numpy float64 from the stored tensors, and the center from the inputs."""
     models = draw(3, dtype)
-    parameters = {"bits": bits, "group": group, "center": center}
+    parameters = {"bits": bits, "group": group, "center": center, "scale": scale}
     merge(recipe(write(models), **parameters), tmp_path / "bundle", device="cpu", threads=1)
     merge(recipe(write(models), **parameters), tmp_path / "small", device="cpu", max_memory="12MiB", shard_size=50_000)
     with open_bundle(tmp_path / "bundle") as bundle, open_bundle(tmp_path / "small") as small:
@@ -160,7 +173,7 @@ def test_tasks_come_out_as_the_formula_says(
                 rows, columns = SHAPES[n][0], math.prod(SHAPES[n][1:])
                 codes = unpack_codes(stored[f"codes/{task}/{n}"], rows * columns, bits).view(rows, columns)
                 steps = stored[f"scales/{task}/{n}"].double().view(rows, -1).numpy().repeat(group, axis=1)[:, :columns]
-                want = kept.view(rows, columns).numpy() + levels_of(bits)[codes.numpy()] * steps
+                want = kept.view(rows, columns).numpy() + every_level(bits)[codes.numpy()] * steps
                 # sums of a 16-bit number and an exact product have one fp32 rounding before the last
                 want = torch.from_numpy(want).float().to(dtype).view(SHAPES[n])
                 assert torch.equal(found[n], want), n
@@ -308,5 +321,5 @@ def test_a_bundle_whose_numbers_do_not_fit_is_refused(write: Maker, tmp_path: Pa
 
 def test_jobs_are_plain_data() -> None:
     """They are pickled for workers and hashed into a plan's fingerprint."""
-    job = Quantizing((2, 3), ("BF16",) * 2, "BF16", (4,), 64, True)
-    assert hash(job) == hash(Quantizing((2, 3), ("BF16",) * 2, "BF16", (4,), 64, True))
+    job = Quantizing((2, 3), ("BF16",) * 2, "BF16", (4,), 64, True, False)
+    assert hash(job) == hash(Quantizing((2, 3), ("BF16",) * 2, "BF16", (4,), 64, True, False))
