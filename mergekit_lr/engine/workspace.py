@@ -210,8 +210,9 @@ class Workspace:
                 os.close(fd)
 
     def _check_space(self, layout: Layout) -> None:
-        stat = os.statvfs(self.root)
-        held = sum(p.stat().st_blocks * 512 for p in self.model.glob("*.safetensors"))
+        with fs.explained("look into", self.root):  # another process may clear it where locks do not work
+            stat = os.statvfs(self.root)
+            held = sum(p.stat().st_blocks * 512 for p in self.model.glob("*.safetensors"))
         needed = layout.file_bytes + layout.file_bytes // 50 - held
         free = stat.f_bavail * stat.f_frsize
         if needed > free:

@@ -281,7 +281,7 @@ from mergekit_lr.errors import ResourceError
 recipe, place, need, sizes = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 wanted = pathlib.Path(sys.argv[5], "model.safetensors").read_bytes()
 for percent in sizes:
-    size = need * percent // 100 // 4096 * 4096
+    size = max(1, need * percent // 100 // 4096) * 4096  # no size is no limit
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
     out = pathlib.Path(place, "out")
     said = ""
