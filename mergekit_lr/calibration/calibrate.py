@@ -17,6 +17,7 @@ from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.engine.memory import default_limit
 from mergekit_lr.engine.plan import choose_device
 from mergekit_lr.engine.progress import Progress
+from mergekit_lr.engine.target import check_place
 from mergekit_lr.errors import CheckpointError, UsageError
 from mergekit_lr.lazy import torch
 from mergekit_lr.sizes import parse_size
@@ -69,6 +70,7 @@ def calibrate(
     if not text:
         raise UsageError("there is no text to calibrate on", fix="give at least one text file")
     reference = ModelReference.parse(str(model))
+    check_place(target)
     place = choose_device(device)
     with open_model(reference) as checkpoint:
         tokenizer = load_tokenizer(checkpoint.folder, checkpoint.reference)

@@ -23,7 +23,7 @@ from mergekit_lr.engine.portion import check_inputs_unchanged, drain, job_of, on
 from mergekit_lr.engine.prepare import preparation_of, run_preparation
 from mergekit_lr.engine.progress import Progress
 from mergekit_lr.engine.streaming import Streaming
-from mergekit_lr.engine.target import places_of
+from mergekit_lr.engine.target import check_place, places_of
 from mergekit_lr.engine.together import refuse_together
 from mergekit_lr.engine.units import pending
 from mergekit_lr.engine.workspace import PREPARED, Workspace, digest_of
@@ -112,6 +112,7 @@ def merge(
     how |= {"allow_pickle": allow_pickle, "verify": verify_inputs}
     streams = disk_budget is not None or push is not None
     refuse_together(part=part, workers=workers, ray=ray, threads=threads, streams=streams)
+    check_place(Path(out))
     with offline_mode(offline):
         if part is not None:
             from mergekit_lr.engine.parts import merge_part

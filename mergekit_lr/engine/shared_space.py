@@ -26,6 +26,7 @@ from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.engine.journal import Journal
 from mergekit_lr.engine.lock import is_alive, this_process
+from mergekit_lr.engine.target import check_place
 from mergekit_lr.engine.workspace import SHARED, Workspace
 from mergekit_lr.errors import ResourceError, UsageError
 
@@ -59,7 +60,7 @@ class SharedSpace(Workspace):
             Finished: there is nothing left to do.
             UsageError: the work there is another run's; it says what differs.
         """
-        self._check_writable()
+        check_place(self.out)
         fs.make_folder(self.root)
         self._refuse_single_run()
         place = self.root / SHARED

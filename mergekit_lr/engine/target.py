@@ -1,15 +1,35 @@
-"""Where an output may not go: over, around or into one of its inputs, however the path is spelt."""
+"""Where an output may not go: where nobody may write; over, around or into one of its inputs, however it is spelt."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.model import Checkpoint
-from mergekit_lr.errors import UsageError
+from mergekit_lr.errors import ResourceError, UsageError
 
 Identity = tuple[int, int]
+
+
+def check_place(out: Path) -> None:
+    """Refuse an output whose parent is missing or may not be written to, before hours go into reading inputs.
+
+    Raises:
+        ResourceError: it is so.
+    """
+    parent = out.parent
+    with fs.explained("look at the output's place", parent):
+        there = parent.is_dir()
+    if not there:
+        raise ResourceError("the output's parent folder does not exist", where=str(parent), fix="create it first")
+    with fs.explained("write to the output's parent folder", parent):
+        if not os.access(parent, os.W_OK | os.X_OK):
+            mounted_so = os.statvfs(parent).f_flag & os.ST_RDONLY
+            code = errno.EROFS if mounted_so else errno.EACCES
+            raise OSError(code, os.strerror(code))
 
 
 def places_of(checkpoints: Iterable[Checkpoint]) -> list[Path]:

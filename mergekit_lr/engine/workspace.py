@@ -20,7 +20,7 @@ from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.layout import Layout
 from mergekit_lr.engine.journal import Journal
 from mergekit_lr.engine.lock import FolderLock
-from mergekit_lr.engine.target import refuse_inputs
+from mergekit_lr.engine.target import check_place, refuse_inputs
 from mergekit_lr.errors import ResourceError, UsageError
 
 SHARED = "shared"
@@ -58,7 +58,7 @@ class Workspace:
 
     def check_target(self, *, overwrite: bool, inputs: Sequence[Path], into: bool = False) -> None:
         """Refuse to write over an input or (but for ``into``) inside one, or over anything without being told to."""
-        self._check_writable()
+        check_place(self.out)
         refuse_inputs(self.out, self.root, inputs, into=into)
         if not overwrite and os.path.lexists(self.out):
             raise self._exists()
@@ -125,7 +125,7 @@ class Workspace:
 
     def reserve(self, *, resume: bool, overwrite: bool = True) -> None:
         """Take ``OUT.partial`` for this process; empty it unless resuming."""
-        self._check_writable()
+        check_place(self.out)
         if not overwrite and os.path.lexists(self.out):
             raise self._exists()
         self.take()
@@ -162,13 +162,6 @@ class Workspace:
                 fix="move it, or choose another output",
             )
         self._lock.take()
-
-    def _check_writable(self) -> None:
-        parent = self.out.parent
-        with fs.explained("look at the output's place", parent):
-            there = parent.is_dir()
-        if not there:
-            raise ResourceError("the output's parent folder does not exist", where=str(parent), fix="create it first")
 
     def match(self, path: Path, fingerprint: dict[str, Any], stale: Sequence[Path] = ()) -> None:
         """Write down what is being done, or compare with what an earlier run wrote down.

@@ -22,7 +22,7 @@ from mergekit_lr.engine.memory import available_cpus, default_limit
 from mergekit_lr.engine.plan import choose_device
 from mergekit_lr.engine.portion import one_thread_each
 from mergekit_lr.engine.progress import Progress, ProgressEvent
-from mergekit_lr.engine.target import places_of
+from mergekit_lr.engine.target import check_place, places_of
 from mergekit_lr.engine.workspace import Workspace
 from mergekit_lr.errors import CheckpointError, NonFiniteError, ResourceError, UsageError, join_problems
 from mergekit_lr.lowrank.adapters import read_whole
@@ -85,6 +85,7 @@ def extract_lora(
     from mergekit_lr.lowrank.ranks import RankRule
 
     _check_arguments(rank, energy, embeddings, dtype)
+    check_place(Path(out))
     where = choose_device(device)
     with _opened(base, allow_pickle) as old, _opened(model, allow_pickle) as new:
         rules = sort_tensors(new, old, embeddings=embeddings, include=include, exclude=exclude)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import mergekit_lr
 from mergekit_lr import merge, verify
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.errors import ResourceError, UsageError
@@ -155,6 +156,27 @@ def test_the_parent_must_be_there_and_a_folder(recipe: dict[str, Any], tmp_path:
     for out in (tmp_path / "no" / "out", tmp_path / "file" / "out"):
         with pytest.raises(ResourceError, match="parent folder does not exist"):
             merge(recipe, out, device="cpu")
+
+
+@pytest.mark.parametrize("how", ["whole", "part", "extract", "calibrate"])
+def test_nothing_is_read_for_an_output_that_cannot_be_written(how: str, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Not a header: for a model of the Hub that would be a download."""
+    m0, m1 = (str(tmp_path / "inputs" / f"m{i}") for i in range(2))
+    out = tmp_path / "no" / "out"
+    seen: list[str] = []
+    fs.set_read_hook(lambda operation, path: seen.append(path))
+    try:
+        with pytest.raises(ResourceError, match="parent folder does not exist") as caught:
+            if how == "extract":
+                mergekit_lr.extract_lora(m1, m0, out, rank=2)
+            elif how == "calibrate":
+                mergekit_lr.calibrate(m1, f"{out}.safetensors", text=[tmp_path / "text.txt"])
+            else:
+                merge(recipe, out, device="cpu", part="1/2" if how == "part" else None)
+    finally:
+        fs.set_read_hook(None)
+    assert caught.value.exit_code == 5
+    assert seen == []
 
 
 @pytest.mark.parametrize("length", [248, 256, 5000])
