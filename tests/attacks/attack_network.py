@@ -46,16 +46,16 @@ def run(room: Path, *commands: list[str], **environment: str) -> tuple[list[int]
 
 @attack(32)
 def sockets(room: Path) -> str:
-    """a local merge, plan and verify with a token in the environment: nothing is reached, the token is in nothing"""
+    """local models whose paths read like Hub ids, and a token in the environment: nothing is reached or told"""
     hostile = {**CONFIG, "_name_or_path": "evil/model", "auto_map": {"AutoConfig": "evil/model--m.C"}}
     for name in "ab":
-        folder = model(room / name, config=hostile)
+        folder = model(room / "org" / name, config=hostile)
         (folder / "README.md").write_text(
             "---\nlicense: mit\nbase_model: evil/model\n---\n![x](https://evil.example)\n"
         )
     (room / "r.yml").write_text(
         "merge_method: linear\ndtype: float32\nmodels:\n"
-        + "".join(f"  - {{model: {room / n}, parameters: {{weight: 1}}}}\n" for n in "ab")
+        + "".join(f"  - {{model: org/{n}, parameters: {{weight: 1}}}}\n" for n in "ab")
     )
     commands = [["check", "r.yml"], ["plan", "r.yml", "--json"], ["merge", "r.yml", "out"], ["verify", "out"]]
     codes, said = run(room, *commands)

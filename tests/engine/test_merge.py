@@ -33,6 +33,10 @@ def ties_model_wide(base: Path, *models: Path, **extra: Any) -> dict[str, Any]:
     return ties(base, *models, parameters={"threshold_scope": "model"}, **extra)
 
 
+def dare(base: Path, *models: Path) -> dict[str, Any]:
+    return {**ties(base, *models), "merge_method": "dare_linear", "seed": 3}
+
+
 @pytest.fixture
 def three(make, random_tensors) -> list[Path]:
     return [make(f"m{i}", random_tensors(i), shards=1 + i) for i in range(3)]
@@ -78,7 +82,10 @@ def test_a_model_wide_threshold_competes_over_all_tensors(three, tmp_path, load)
     assert ((flat - exact).abs() > 1e-6).sum() <= 0.001 * flat.numel()
 
 
-@pytest.mark.parametrize("recipe", [task, ties, ties_model_wide], ids=["task_arithmetic", "ties", "model-wide"])
+SEVERAL = {"task_arithmetic": task, "ties": ties, "model-wide": ties_model_wide, "dare": dare}
+
+
+@pytest.mark.parametrize("recipe", SEVERAL.values(), ids=SEVERAL)
 def test_bytes_depend_on_nothing_but_recipe_and_inputs(recipe, make, random_tensors, tmp_path, monkeypatch, load):
     shapes = {"model.layers.0.w.weight": (700, 300), "model.layers.1.w.weight": (131_072,), "x.weight": (513, 129)}
     models = [make(f"m{i}", random_tensors(i, shapes=shapes)) for i in range(3)]
