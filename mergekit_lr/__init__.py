@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mergekit_lr.recipe import load_recipe as load_recipe
     from mergekit_lr.recipe.json_schema import schema as schema
     from mergekit_lr.recipe.load import check as check
+    from mergekit_lr.report.doctor import doctor as doctor
     from mergekit_lr.report.inspect import inspect as inspect
     from mergekit_lr.report.verify import verify as verify
     from mergekit_lr.tokenizer.transplant import transplant as transplant
@@ -40,6 +41,7 @@ _HOMES = {
     "open_bundle": "mergekit_lr.bundle.open",
     "recover": "mergekit_lr.bundle.recover",
     "inspect": "mergekit_lr.report.inspect",
+    "doctor": "mergekit_lr.report.doctor",
     "verify": "mergekit_lr.report.verify",
     "calibrate": "mergekit_lr.calibration.calibrate",
     "evaluate": "mergekit_lr.evaluation",
@@ -58,6 +60,7 @@ __all__ = [
     "check",
     "curvature",
     "curvature_report",
+    "doctor",
     "evaluate",
     "extract_lora",
     "fit_scales",

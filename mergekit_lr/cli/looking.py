@@ -71,6 +71,23 @@ def schema() -> None:
 
 
 @command
+def doctor(
+    strict: Annotated[bool, typer.Option("--strict", help="Fail (exit code 6) if there is any problem.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would find here: versions, device, memory, CPUs, plug-ins, disk space. Imports every plug-in."""
+    import mergekit_lr
+
+    found = mergekit_lr.doctor()
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        show(found.summary_lines())
+    if strict and found.problems:
+        raise VerificationError("this installation has problems", where="doctor", why=f"{len(found.problems)} found")
+
+
+@command
 def eval(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model.", show_default=False)],
     more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)] = None,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from mergekit_lr.engine.machine import free_memory, usable_cpus
 from mergekit_lr.errors import ResourceError
 from mergekit_lr.graph.nodes import MergeGraph, Operation, Result, Sink, operation_of, sources_of
 from mergekit_lr.method import GRID, Slicing
@@ -18,6 +18,7 @@ READ = 1 << 19  # elements read and written by one system call
 DEVICE_PIECE = 1 << 23  # on a GPU pieces are large enough to fill it
 TEMPORARIES = 6  # fp32 tensors of a piece's size that a method may hold beside its inputs
 SYSTEM = 6  # fp64 matrices of a Gram's size: the sum, its eigenvectors, products, LAPACK's own room
+LEAST_LIMIT, MOST_LIMIT = 256 << 20, 8 << 30  # bytes between which the default budget lies
 SURPLUS = 24 << 20  # bytes of freed blocks that a process may keep from one unit to the next
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's mallopt parameters
 
@@ -62,12 +63,8 @@ def _whole_bytes(operation: Operation) -> int:
 
 
 def default_limit() -> int:
-    """Half of what the machine has free, at most 8 GiB."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        free = 8 << 30
-    return max(256 << 20, min(8 << 30, free // 2))
+    """Half of what this process can still have, at most 8 GiB, at least 256 MiB; see `free_memory`."""
+    return max(LEAST_LIMIT, min(MOST_LIMIT, free_memory().amount // 2))
 
 
 def make_budget(
@@ -129,10 +126,8 @@ def _uncut(sink: Sink, how: Slicing) -> int:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """CPUs that this process may use; see `usable_cpus`."""
+    return usable_cpus().amount
 
 
 def keep_freed_memory() -> None:

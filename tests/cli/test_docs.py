@@ -22,8 +22,8 @@ from mergekit_lr.registry import builtin_methods
 
 DOCS = Path(__file__).parents[2] / "docs"
 COMMANDS = [
-    *("", "merge", "recover", "plan", "check", "import", "moe", "verify", "inspect", "methods", "schema", "eval"),
-    *("extract-lora", "transplant", "calibrate", "barrier", "curvature", "curvature-report", "fit-scales"),
+    *("", "merge", "recover", "plan", "check", "import", "moe", "verify", "inspect", "methods", "schema", "doctor"),
+    *("eval", "extract-lora", "transplant", "calibrate", "barrier", "curvature", "curvature-report", "fit-scales"),
 ]
 
 

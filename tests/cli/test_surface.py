@@ -34,6 +34,7 @@ SURFACE = {
     "verify": ["OUT", "--json"],
     "inspect": ["MODEL", "--allow-pickle", "--json"],
     "methods": ["NAME", "--json"],
+    "doctor": ["--strict", "--json"],
     "schema": [],
     "calibrate": [
         *("MODEL", "OUT", "FILE", "--text", "--samples", "--sequence-length", "--grams", "--similarity-tokens"),
