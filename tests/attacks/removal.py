@@ -39,6 +39,7 @@ def fails_without(removal: Removal | None, test: str = "") -> bool:
     """Whether the row's tests fail once its protection is gone; without a removal, whether ``test`` fails anyway."""
     with tempfile.TemporaryDirectory(prefix="without-") as room:
         copy_without(removal, Path(room))
+        file, *options = (removal.test if removal else test).split()
         environment = {
             **os.environ,
             "PYTHONPATH": room,
@@ -60,9 +61,13 @@ def fails_without(removal: Removal | None, test: str = "") -> bool:
             "-x",
             "-p",
             "no:cacheprovider",
-            *(removal.test if removal else test).split(),
+            f"--rootdir={ROOT}",
+            f"-c{ROOT / 'pyproject.toml'}",
+            str(ROOT / file),
+            *options,
         ]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        # Ray's workers look for modules in the working folder first.
+        done = subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, timeout=300)
         said = done.stdout + done.stderr
         assert (done.returncode, " failed" in done.stdout) in ((0, False), (1, True)), said
         return done.returncode == 1
