@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +27,66 @@ MOST = 1 << 28
 """Most bytes of a file with such a suffix: loaders read them whole."""
 
 
-def references(content: Any, path: str = "", depth: int = 0) -> Iterator[str]:
-    """Where in a parsed JSON file code is named: ``auto_map``, ``text_config.attn_implementation``, ..."""
+def references(content: Any, path: str = "", depth: int = 0, modules: Container[str] = ()) -> Iterator[str]:
+    """Where in a parsed JSON file code is named: ``auto_map``, ``text_config.attn_implementation``, ...
+
+    ``modules``: Python modules beside the file; a class of one of them does not count, and what names several classes
+    is looked at class by class (``auto_map.AutoModel``).
+    """
     if depth > MAX_DEPTH:  # no loader looks for any of it so far down
         return
     if isinstance(content, Mapping):
         for key, value in content.items():
             here = f"{path}.{key}" if path else str(key)
-            if _names_code(str(key), value):
+            if _kept(str(key), value, modules) is not None:
+                yield from (f"{here}.{name}" for name, one in value.items() if not _is_of(one, modules))
+            elif _names_code(str(key), value):
                 yield here
             else:
-                yield from references(value, here, depth + 1)
+                yield from references(value, here, depth + 1, modules)
     elif isinstance(content, list):
         for i, value in enumerate(content):
-            yield from references(value, f"{path}.{i}" if path else str(i), depth + 1)
+            yield from references(value, f"{path}.{i}" if path else str(i), depth + 1, modules)
 
 
-def without_code(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A copy of a parsed JSON file in which nothing names code, and where something did."""
-    found = list(references(content))
-    return (_cleaned(content) if found else content), found
+def without_code(content: dict[str, Any], modules: Container[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """A copy of a parsed JSON file in which nothing names code but that of ``modules``, and where something did."""
+    found = list(references(content, modules=modules))
+    return (_cleaned(content, modules) if found else content), found
 
 
-def _cleaned(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {k: _cleaned(v) for k, v in content.items() if not _names_code(str(k), v)}
-    return [_cleaned(v) for v in content] if isinstance(content, list) else content
+def _cleaned(content: Any, modules: Container[str]) -> Any:
+    if isinstance(content, list):
+        return [_cleaned(v, modules) for v in content]
+    if not isinstance(content, Mapping):
+        return content
+    cleaned = {}
+    for key, value in content.items():
+        kept = _kept(str(key), value, modules)
+        if kept is not None:
+            cleaned[key] = kept
+        elif not _names_code(str(key), value):
+            cleaned[key] = _cleaned(value, modules)
+    return cleaned
+
+
+def _kept(key: str, value: Any, modules: Container[str]) -> dict[str, Any] | None:
+    """Of an entry that names classes: those of ``modules``; None where there are none, or it is no such entry."""
+    if key not in CLASSES or not isinstance(value, Mapping):
+        return None
+    return {name: one for name, one in value.items() if _is_of(one, modules)} or None
+
+
+def _is_of(named: Any, modules: Container[str]) -> bool:
+    """Whether every class that is named is one of ``modules``: ``module.Class``, alone, or in a list beside null.
+
+    ``org/name--module.Class`` is another repository's. Of a pipeline, ``impl`` is the class.
+    """
+    if isinstance(named, Mapping):
+        return _is_of(named.get("impl"), modules)
+    classes = [c for c in named if c is not None] if isinstance(named, list) else [named]
+    parts = [c.split(".") if isinstance(c, str) else [] for c in classes]
+    return bool(parts) and all(len(p) == 2 and p[0] in modules and p[1].isidentifier() for p in parts)
 
 
 def _names_code(key: str, value: Any) -> bool:

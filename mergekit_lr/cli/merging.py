@@ -65,6 +65,9 @@ def merge(
         str | None,
         typer.Option(metavar="ORG/NAME", help="Push the output to this repository on the Hub, private if it is new."),
     ] = None,
+    copy_code: Annotated[
+        bool, typer.Option("--copy-code", help="Carry the model's Python files over too. They are not run.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -95,6 +98,7 @@ def merge(
             verify_inputs=verify_inputs,
             disk_budget=disk_budget,
             push=push,
+            copy_code=copy_code,
             progress=progress,
         )
     if not quiet:

@@ -10,6 +10,7 @@ from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.lora import AdaptedCheckpoint
 from mergekit_lr.checkpoint.model import Checkpoint, read_plain
+from mergekit_lr.engine.code_files import code_of
 from mergekit_lr.engine.side_files import LARGEST_FILE, OTHER_FILES, TOKENIZER_FILES
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.recipe import Recipe
@@ -37,6 +38,16 @@ def files_beside(recipe: Recipe, inputs: Mapping[str, Checkpoint], *, times: boo
         found[str(text)] = _content(text)
     for weights in _measured(recipe):
         found[str(weights)] = _header(weights, times)
+    return found
+
+
+def code_beside(recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """Digests of the Python files that ``copy_code`` carries over, by model and name, before there is a plan."""
+    found: dict[str, str] = {}
+    for source in (recipe.config_source, recipe.tokenizer_source):
+        checkpoint = inputs.get(str(source))
+        if checkpoint is not None:
+            found |= {f"{source}/{c.name}": c.sha256 for c in code_of(checkpoint, checkpoint)}
     return found
 
 

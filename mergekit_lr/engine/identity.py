@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from mergekit_lr.checkpoint.model import HUB, Checkpoint, Stamp
-from mergekit_lr.engine.beside import files_beside
+from mergekit_lr.engine.beside import code_beside, files_beside
 from mergekit_lr.engine.plan import Settings
 from mergekit_lr.recipe import Recipe
 
@@ -36,6 +36,7 @@ def identity(recipe: Recipe, inputs: Mapping[str, Checkpoint], settings: Setting
         "files": files_beside(recipe, inputs, times=False),
         "device": settings.device.partition(":")[0],
         "shard_size": settings.shard_size,
+        **({"code": code_beside(recipe, inputs)} if settings.copy_code else {}),
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lr.bundle.manifest import FILE as BUNDLE
+from mergekit_lr.engine.code_files import code_section
 from mergekit_lr.engine.digest import ALGORITHM, combine
 from mergekit_lr.engine.job import Job
 from mergekit_lr.engine.output import add_counts
@@ -60,6 +61,7 @@ def make_report(plan: Plan, job: Job, fingerprint: str, seconds: float) -> dict[
         "warnings": plan.warnings + job.warnings,
         **({"tokens": plan.tokens.to_dict()} if plan.tokens else {}),
         **({"counts": total} if total else {}),
+        **({"code": [c.to_dict() for c in plan.code]} if plan.code else {}),
         "digest_algorithm": ALGORITHM,
         "tensors": tensors,
         **({"details": plan.outline.details} if plan.outline and plan.outline.details else {}),
@@ -106,7 +108,7 @@ def small_files(plan: Plan, report: dict[str, Any]) -> dict[str, bytes]:
     for _, stage in plan.stages:
         opened |= {m: stage.inputs[m] for m in stage.graph.models if m in stage.inputs}
     card = model_card(plan.recipe, list(opened.values()))
-    files["README.md"] = (card + (plan.outline.card if plan.outline else "")).encode()
+    files["README.md"] = (card + (plan.outline.card if plan.outline else "") + code_section(plan.code)).encode()
     method = plan.recipe.method
     if isinstance(method, Rewrite):
         files |= method.files(plan.recipe, report)

@@ -10,6 +10,7 @@ from mergekit_lr.checkpoint.dtypes import AVERAGED
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.layout import nbytes_of
 from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.engine.code_files import CodeFile, code_of, modules_of, refuse_taken, told_of
 from mergekit_lr.engine.side_files import carried_over, merged_config
 from mergekit_lr.errors import CheckpointError, join_problems
 from mergekit_lr.graph.nodes import LEFT_OUT, MergeGraph
@@ -28,8 +29,9 @@ def output_files(
     merged: Sequence[Checkpoint],
     outline: Outline | None,
     tokens: Tokens | None,
-) -> tuple[bytes | None, dict[str, bytes], list[str]]:
-    """The output's config, what is carried over beside it, and warnings about everything that was found."""
+    copy_code: bool = False,
+) -> tuple[bytes | None, dict[str, bytes], list[str], list[CodeFile]]:
+    """The output's config, what is carried over beside it, warnings about everything that was found, and the code."""
     named = outline.tokenizer if outline is not None else None
     tokenizer = inputs[named] if named else tokens.source if tokens else merged[0]
     picked = {part: [(merged[m], layer) for m, layer in layers] for part, layers in graph.layers}
@@ -38,9 +40,14 @@ def output_files(
     edited = None if outline is None else outline.config
     if tokens is not None and edited is None:
         merged = [replace(merged[0], config=tokens.config), *merged[1:]]
-    config, config_warnings = merged_config(merged[0], dtypes, picked, edited)
-    files, file_warnings = carried_over(merged[0], tokenizer)
+    code = code_of(merged[0], tokenizer) if copy_code else []
+    refuse_taken(code, outline.files if outline is not None else {})
+    modules = modules_of(code)
+    config, config_warnings = merged_config(merged[0], dtypes, picked, edited, modules)
+    files, file_warnings = carried_over(merged[0], tokenizer, modules)
+    files |= {c.name: c.data for c in code}
     warnings = [*recipe.warnings, *config_warnings, *file_warnings, *(tokens.warnings if tokens else ())]
+    warnings += told_of(code, merged[0].reference) if copy_code else []
     if tokens is not None:
         files, token_warnings = with_tokens(files, tokens)
         warnings += token_warnings
@@ -58,7 +65,7 @@ def output_files(
         model, tensor, rule = lost[0]
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         warnings.append(f"{model}: tensor {tensor!r}{more} not merged ({rule})")
-    return config, files, warnings
+    return config, files, warnings, code
 
 
 def _contradictions(config: bytes | None, graph: MergeGraph, reference: str) -> list[str]:

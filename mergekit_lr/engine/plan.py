@@ -6,7 +6,7 @@ import gc
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,8 @@ from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.checkpoint.reference import ModelReference
 from mergekit_lr.checkpoint.store import ShardStore
-from mergekit_lr.engine.beside import files_beside
+from mergekit_lr.engine.beside import code_beside, files_beside
+from mergekit_lr.engine.code_files import CodeFile, refuse_kind
 from mergekit_lr.engine.describe import describe, in_words
 from mergekit_lr.engine.memory import Budget, make_budget
 from mergekit_lr.engine.output_files import kind_of, output_files
@@ -46,12 +47,13 @@ DEFAULT_SHARD = "5GB"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run was asked to work. ``device`` is chosen; ``shard_size`` in bytes."""
+    """How a run was asked to work. ``device`` is chosen; ``shard_size`` in bytes; ``copy_code``: see `code_files`."""
 
     device: str
     max_memory: str | int | None
     threads: int | None
     shard_size: int
+    copy_code: bool = False
 
     @property
     def limit(self) -> int | None:
@@ -81,6 +83,7 @@ class Plan:
     bandwidth: int | None = None
     tokens: Tokens | None = None
     how: str = ""
+    code: Sequence[CodeFile] = ()
 
     @property
     def stages(self) -> list[tuple[str, Plan]]:
@@ -120,6 +123,7 @@ class Plan:
             "files": files_beside(self.recipe, self._theirs()),
             "shards": [[s.file, s.size] for s in self.layout.shards],
             "device": self.device.partition(":")[0],
+            **({"code": {c.name: c.sha256 for c in self.code}} if self.settings.copy_code else {}),
         }
 
     def _theirs(self) -> dict[str, Checkpoint]:
@@ -191,6 +195,7 @@ def planned(
     store: ShardStore | None = None,
     verify: bool = False,
     write: Write | None = None,
+    copy_code: bool = False,
 ) -> Iterator[Plan]:
     """Open the inputs, check them against each other, and lay everything out.
 
@@ -199,7 +204,7 @@ def planned(
     models that are fetched one by one. ``verify``: downloads are compared with the Hub's digests. ``prepare`` is
     called for a method that must find something out first, and returns the folder in which it kept that; ``write`` for
     a stage whose output cannot be read before it is written. ``elsewhere``: other machines will compute, so the device
-    is not looked for on this one.
+    is not looked for on this one. ``copy_code``: Python files of the model are carried over.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -221,6 +226,7 @@ def planned(
             elsewhere=elsewhere,
             verify=verify,
             write=write,
+            copy_code=copy_code,
         )
 
     with ExitStack() as stack:
@@ -229,8 +235,11 @@ def planned(
             inputs = opening.all()
             inputs, tokens = align(loaded, inputs, _tokenizer(loaded, inputs, opening))
             refuse_where_unused(loaded, tokens, kind_of(loaded))
+        if copy_code:  # before anything is prepared, too
+            refuse_kind(kind_of(loaded))
+            code_beside(loaded, inputs)
         where = device if elsewhere else choose_device(device)
-        settings = Settings(where, max_memory, threads, parse_size(shard_size))
+        settings = Settings(where, max_memory, threads, parse_size(shard_size), copy_code)
         prepared = None
         if prepare is not None and isinstance(loaded.method, Rewrite) and loaded.method.prepares:
             # What does not fit is found before anything is prepared, and before the output's place is taken.
@@ -355,7 +364,8 @@ def _lay_out(
     for stage in streamed(used):
         stage.settle(budget.piece, budget.read)
     searched = {i for i, c in enumerate(used) for stage in streamed([c]) if searches(stage.plan.graph)}
-    config, files, warnings = output_files(recipe, inputs, graph, merged, outline, tokens)
+    laid_beside = output_files(recipe, inputs, graph, merged, outline, tokens, settings.copy_code)
+    config, files, warnings, code = laid_beside
     if kind == "adapter":
         config, files = None, {}
     if kind == "bundle":
@@ -365,7 +375,7 @@ def _lay_out(
         warnings += outline.warnings
     units = units_of(graph, budget.threads, searched)
     laid = (recipe, inputs, graph, layout, budget, units, settings.device, config, files, settings, warnings)
-    return Plan(*laid, outline, prepared, tokens=tokens)
+    return Plan(*laid, outline, prepared, tokens=tokens, code=code)
 
 
 def first_result(sink: Sink) -> bool:

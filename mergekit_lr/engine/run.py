@@ -75,6 +75,7 @@ def merge(
     verify_inputs: bool = False,
     disk_budget: str | int | None = None,
     push: str | None = None,
+    copy_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Carry out a recipe and write the merged model to the folder ``out``.
@@ -102,6 +103,8 @@ def merge(
             they are needed and released when they are not; with ``push``, finished output files as well.
         push: a Hub repository ``org/name`` that gets the output: files as they are finished, one commit at the end.
             It is created private if there is none.
+        copy_code: carry the Python files of the model over that the output is laid out as, and keep what its config
+            says of them. They are copied as bytes, never run; whoever loads the output with ``trust_remote_code`` does.
         progress: called from this thread a few times a second.
 
     Raises:
@@ -109,7 +112,7 @@ def merge(
     """
     recipe = load_recipe(recipe, stage=stage)
     how: dict[str, Any] = {"device": device, "max_memory": max_memory, "shard_size": shard_size}
-    how |= {"allow_pickle": allow_pickle, "verify": verify_inputs}
+    how |= {"allow_pickle": allow_pickle, "verify": verify_inputs, "copy_code": copy_code}
     streams = disk_budget is not None or push is not None
     refuse_together(part=part, workers=workers, ray=ray, threads=threads, streams=streams)
     check_place(Path(out))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,13 @@ _MAY_NAME_CODE = re.compile(rb"auto_map|custom_pipelines|_implementation|\\\\u")
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str, bytes], list[str]]:
-    """Small files taken as they are, by an allow-list: (name -> bytes, warnings)."""
+def carried_over(
+    reference: Checkpoint, tokenizer: Checkpoint, modules: Container[str] = ()
+) -> tuple[dict[str, bytes], list[str]]:
+    """Small files taken as they are, by an allow-list: (name -> bytes, warnings).
+
+    References to code are taken out, but for classes of ``modules``, which the output has.
+    """
     files: dict[str, bytes] = {}
     warnings: list[str] = []
     for checkpoint, folder, names in (
@@ -54,7 +59,7 @@ def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str
             if not path.exists() and not path.is_symlink():
                 continue
             try:
-                files[name], told = _as_it_is(folder, name)
+                files[name], told = _as_it_is(folder, name, modules)
                 warnings += [f"{checkpoint.reference}: {t}" for t in told]
             except CheckpointError as e:  # not followed, not waited for, not read; and said
                 if isinstance(e.__cause__, OSError):
@@ -63,7 +68,7 @@ def carried_over(reference: Checkpoint, tokenizer: Checkpoint) -> tuple[dict[str
     return files, warnings
 
 
-def _as_it_is(folder: Path, name: str) -> tuple[bytes, list[str]]:
+def _as_it_is(folder: Path, name: str, modules: Container[str]) -> tuple[bytes, list[str]]:
     """The bytes of a small file, and what was taken out: nothing but references to code, which is not carried over.
 
     Raises:
@@ -76,7 +81,7 @@ def _as_it_is(folder: Path, name: str) -> tuple[bytes, list[str]]:
         content = json.loads(data)
     except (ValueError, RecursionError):
         return data, []
-    cleaned, found = without_code(content) if isinstance(content, dict) else (content, [])
+    cleaned, found = without_code(content, modules) if isinstance(content, dict) else (content, [])
     if not found:
         return data, []
     text = json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n"
@@ -88,11 +93,12 @@ def merged_config(
     dtypes: set[str],
     layers: Mapping[str, Sequence[tuple[Checkpoint, int]]] | None = None,
     edited: Mapping[str, Any] | None = None,
+    modules: Container[str] = (),
 ) -> tuple[bytes | None, list[str]]:
     """config.json of the output: the reference's, its dtype set to what was written, code references dropped.
 
     ``layers``: for each part whose layers were picked, and each of them, the model and the layer it came from.
-    ``edited``: a config to start from instead of the reference's.
+    ``edited``: a config to start from instead of the reference's. ``modules``: Python modules that the output has.
 
     Raises:
         CheckpointError: the config cannot describe the picked layers.
@@ -106,10 +112,10 @@ def merged_config(
         sources = [(c.config or original, c.reference, i) for c, i in picked]
         config = relayered(config, reference.reference, sources, part)
     own = config.get("auto_map") if edited is not None else None  # of a method that writes a model class of its own
-    config, found = without_code(config)
+    config, found = without_code(config, modules)
     if own and own != (reference.config or {}).get("auto_map"):
         config["auto_map"] = own
-        found.remove("auto_map")
+        found = [f for f in found if f.split(".")[0] != "auto_map"]
     if found:
         warnings.append(
             f"{reference.reference}: its config names code ({', '.join(found)}); code is not carried over, "

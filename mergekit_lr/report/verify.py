@@ -18,6 +18,7 @@ from mergekit_lr.engine.digest import ALGORITHM
 from mergekit_lr.errors import CheckpointError, VerificationError
 from mergekit_lr.report.adapters import check_adapter, is_adapter
 from mergekit_lr.report.bundles import check_bundle, is_bundle
+from mergekit_lr.report.code import code_problems
 from mergekit_lr.report.consistency import (
     PLAIN_FAMILIES,
     config_problems,
@@ -79,6 +80,7 @@ def verify(path: str | Path, *, weights: bool = True) -> Verification:
             _check_token_ids(result, folder, config)
         _tell_of_config(result, folder, config, infos)
     claimed = _check_report(result, report, infos)
+    result.problems += code_problems(folder, report)
     result.looked("digests", "" if claimed else f"there is no {REPORT} with any")
     result.looked("values that are not finite", "" if weights else "weights were not read")
     if weights:

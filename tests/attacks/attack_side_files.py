@@ -49,6 +49,52 @@ def python_files(room: Path) -> str:
 
 
 @attack(22)
+def code_that_was_asked_for(room: Path) -> str:
+    """the same with --copy-code: files that lead out of the folder, pipes and huge ones; code of other repositories"""
+    import mergekit_lr
+
+    folder, canary = with_code(room)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] |= {"AutoModel": "evil/repo--evil.Evil", "AutoBackbone": "../evil.Evil", "Other": "gone.Evil"}
+    config["attn_implementation"] = "evil/kernels"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "a-b.py").write_text("")
+    recipe = {"merge_method": "linear", "models": [{"model": str(folder), "parameters": {"weight": 1.0}}]}
+    out = room / "out"
+    report = mergekit_lr.merge(recipe, out, device="cpu", threads=1, copy_code=True).report
+    assert not canary.exists() and "evil" not in sys.modules
+    copied = sorted(p.name for p in out.glob("*.py"))
+    assert copied == [c["file"] for c in report["code"]]
+    assert copied == sorted(p.name for p in folder.glob("*.py") if p.name != "a-b.py")
+    written = json.loads((out / "config.json").read_text())
+    assert written["auto_map"] == {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    assert "attn_implementation" not in written
+    assert json.loads((out / "processor_config.json").read_text()) == {}
+    assert sum("trust_remote_code runs it" in w for w in report["warnings"]) == 1
+    line = ""
+    (room / "elsewhere.py").write_text("secret")
+    for kind in ("link", "pipe", "huge", "folder"):
+        bad = folder / "bad.py"
+        if kind == "link":
+            bad.symlink_to(room / "elsewhere.py")
+        elif kind == "pipe":
+            os.mkfifo(bad)
+        elif kind == "folder":
+            bad.mkdir()
+        else:
+            with bad.open("wb") as f:
+                f.truncate(1 << 40)
+        began = time.monotonic()
+        line = refused(
+            lambda: mergekit_lr.merge(recipe, room / "bad", device="cpu", threads=1, copy_code=True),
+            "'bad.py' is not carried over", kind=CheckpointError,
+        )  # fmt: skip
+        assert time.monotonic() - began < 5 and not (room / "bad").exists() and not (room / "bad.partial").exists()
+        bad.rmdir() if kind == "folder" else bad.unlink()
+    return f"{len(copied)} files as bytes, other code dropped; {line.replace(str(room), '')}"
+
+
+@attack(22)
 def transformers_is_not_let_loose(room: Path) -> str:
     """the same model, loaded by transformers to evaluate it"""
     from mergekit_lr.evaluation import load_for_evaluation

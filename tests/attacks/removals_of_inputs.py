@@ -105,6 +105,11 @@ INPUTS = [
         "tests/attacks/test_attacks.py -k side_files.kernels",
     ),
     Removal(
+        22, "only code that comes along is still named", "mergekit_lr/checkpoint/foreign_code.py",
+        "all(len(p) == 2 and p[0] in modules and p[1].isidentifier() for p in parts)", "all(parts)",
+        "tests/attacks/test_attacks.py -k side_files.code_that_was_asked_for",
+    ),
+    Removal(
         23, "only files of a list are carried over", "mergekit_lr/engine/side_files.py",
         "for name in names if folder is not None else ():", "for name in sorted(p.name for p in folder.iterdir()):",
         "tests/attacks/test_attacks.py -k side_files.uninvited_files",

@@ -15,7 +15,7 @@ SURFACE = {
     "merge": [
         *("RECIPE", "OUT", "--device", "--max-memory", "--threads", "--shard-size", "--resume/--restart"),
         *("--overwrite", "--allow-pickle", "--stage", "--part", "--workers", "--ray", "--offline"),
-        *("--verify-inputs", "--disk-budget", "--push", "--json", "--quiet -q"),
+        *("--verify-inputs", "--disk-budget", "--push", "--copy-code", "--json", "--quiet -q"),
     ],
     "recover": [
         *("BUNDLE", "TASK", "OUT", "--base", "--device", "--max-memory", "--threads", "--shard-size"),

@@ -453,3 +453,23 @@ def test_planning_a_model_that_is_one_file_and_cached(hub: Hub, runner: Runner, 
     questions = [(n, {"headers_only": True}) for n in ("org/name", "org/parts")]
     assert [a["values"] for a in ask(runner, tmp_path, *questions)] == [one["values"], parts["values"]]
     assert not any(r.storage for r in hub.requests)
+
+
+def test_code_is_fetched_only_if_it_is_asked_for(hub: Hub, runner: Runner, tmp_path: Path) -> None:
+    config = {"model_type": "odd", "auto_map": {"AutoModel": "modeling_odd.Odd"}}
+    files = {
+        "model.safetensors": shard(a=[1.0]),
+        "config.json": json.dumps(config).encode(),
+        "modeling_odd.py": b"class Odd: pass\n",
+        "nested/more.py": b"",
+    }
+    hub.add("org/odd", files)
+    (tmp_path / "recipe.yml").write_text("merge_method: linear\nmodels: [{model: org/odd}]\nparameters: {weight: 1}\n")
+    for out, options in (("plain", ()), ("coded", ("--copy-code",))):
+        hub.requests.clear()
+        done = runner.run(tmp_path, COMMAND, "merge", "recipe.yml", out, "--device", "cpu", *options)
+        assert done.returncode == 0, done.stderr
+        asked = [r for r in hub.requests if ".py" in str(r)]
+        assert bool(asked) == bool(options) and not any("nested" in str(r) for r in asked)
+        assert (tmp_path / out / "modeling_odd.py").exists() == bool(options)
+        assert ("auto_map" in json.loads((tmp_path / out / "config.json").read_text())) == bool(options)
