@@ -96,7 +96,7 @@ INPUTS = [
     ),
     Removal(
         22, "auto_map is taken out of every JSON file", "mergekit_lr/checkpoint/foreign_code.py",
-        "    return (_cleaned(content) if found else content), found", "    return content, found",
+        "    return (_cleaned(content, modules) if found else content), found", "    return content, found",
         "tests/attacks/test_attacks.py -k side_files.python_files",
     ),
     Removal(
