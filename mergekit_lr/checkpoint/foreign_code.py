@@ -83,7 +83,7 @@ def _is_of(named: Any, modules: Container[str]) -> bool:
     ``org/name--module.Class`` is another repository's. Of a pipeline, ``impl`` is the class.
     """
     if isinstance(named, Mapping):
-        return _is_of(named.get("impl"), modules)
+        named = named.get("impl")
     classes = [c for c in named if c is not None] if isinstance(named, list) else [named]
     parts = [c.split(".") if isinstance(c, str) else [] for c in classes]
     return bool(parts) and all(len(p) == 2 and p[0] in modules and p[1].isidentifier() for p in parts)

@@ -261,6 +261,7 @@ KEPT = {"AutoModel": "modeling.Model"}
             ["custom_pipelines.q", "custom_pipelines.r"],
         ),
         ({"attn_implementation": "org/kernels"}, {}, ["attn_implementation"]),
+        ({"custom_pipelines": {"p": {"impl": {"impl": "modeling.P"}}}}, {}, ["custom_pipelines"]),
     ],
 )
 def test_what_names_code_that_comes_along(content: Any, cleaned: Any, found: list[str]) -> None:
