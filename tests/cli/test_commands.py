@@ -207,7 +207,7 @@ def test_merge_passes_every_option_on(run: Run, replace: Run, recipe: Path, tmp_
     seen: dict[str, Any] = {}
     replace("merge", fake_merge(seen))
     options = "--device cpu --max-memory 8GiB --threads 3 --shard-size 1GB --restart --overwrite --allow-pickle"
-    options += " --part 1/4 --workers 3 --ray auto --offline --verify-inputs"
+    options += " --part 1/4 --workers 3 --ray auto --offline --verify-inputs --copy-code"
     done = run("merge", recipe, tmp_path / "out", *options.split())
     assert done.code == 0
     assert done.out == f"{tmp_path / 'out'}\n"
@@ -230,6 +230,7 @@ def test_merge_passes_every_option_on(run: Run, replace: Run, recipe: Path, tmp_
         "verify_inputs": True,
         "disk_budget": None,
         "push": None,
+        "copy_code": True,
     }
 
 
