@@ -27,7 +27,6 @@ from mergekit_lr.engine.progress import Progress, ProgressEvent
 from mergekit_lr.engine.stages import streamed
 from mergekit_lr.engine.units import Unit, pending
 from mergekit_lr.errors import CheckpointError
-from mergekit_lr.graph.nodes import Result
 from mergekit_lr.lazy import torch
 
 
@@ -138,19 +137,6 @@ def threads_drain(job: Job, todo: deque[Unit], workers: int, tick: Callable[[int
             event.wait()
     if failures:
         raise failures[0]
-
-
-def with_siblings(plan: Plan, units: Sequence[Unit]) -> list[Unit]:
-    """``units``, and all other results of their tasks: whoever does one of them does them all."""
-    found = list(units)
-    tasks = {v.task for v in (plan.graph.sinks[u.sink].value for u in units) if isinstance(v, Result)}
-    if tasks:
-        have = set(units)
-        for unit in plan.units:
-            value = plan.graph.sinks[unit.sink].value
-            if isinstance(value, Result) and value.task in tasks and unit not in have:
-                found.append(unit)
-    return found
 
 
 def make_durable(plan: Plan, job: Job, units: Sequence[Unit]) -> None:
