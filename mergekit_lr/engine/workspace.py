@@ -269,7 +269,7 @@ class Workspace:
         self.discard()
 
     def _remove_strays(self, wanted: set[str]) -> None:
-        for path in [p for p in self.model.rglob("*") if not p.is_dir()]:
+        for path in [p for p in self.model.rglob("*") if p.is_symlink() or not p.is_dir()]:
             if path.relative_to(self.model).as_posix() not in wanted:
                 fs.remove_file(path)
 
