@@ -29,7 +29,7 @@ from mergekit_lr.engine.evaluate import Evaluator
 from mergekit_lr.engine.job import Inputs
 from mergekit_lr.engine.memory import worker_bytes
 from mergekit_lr.engine.units import slicing_of
-from mergekit_lr.errors import CheckpointError, UsageError
+from mergekit_lr.errors import ResourceError, UsageError
 from mergekit_lr.graph.nodes import MergeGraph, Sink, Source, operation_of
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import GRID, Declared, Method, Slicing
@@ -282,14 +282,21 @@ def _small_files(plan: Plan) -> Path | None:
         files["config.json"] = plan.config
     if not files:
         return None
-    home = Path(tempfile.mkdtemp(prefix="mergekit_lr-stage-"))
+    home: Path | None = None
     try:
+        home = Path(tempfile.mkdtemp(prefix="mergekit_lr-stage-"))
         for name, data in files.items():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             (home / name).write_bytes(data)
     except OSError as e:
-        shutil.rmtree(home, ignore_errors=True)
-        raise CheckpointError("cannot keep a stage's small files", where=str(home), why=e.strerror or str(e)) from e
+        if home is not None:
+            shutil.rmtree(home, ignore_errors=True)
+        raise ResourceError(
+            "cannot keep a stage's small files",
+            where=str(home or tempfile.gettempdir()),
+            why=e.strerror or str(e),
+            fix="set TMPDIR to a folder that can be written and has some room",
+        ) from e
     return home
 
 
