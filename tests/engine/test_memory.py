@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from mergekit_lr import plan
 from mergekit_lr.checkpoint.open import open_model
 from mergekit_lr.checkpoint.reference import ModelReference
+from mergekit_lr.engine import memory
 from mergekit_lr.engine.footprint import FORKED, INTERPRETER, PER_TENSOR, SEARCH
 
 ROOT = Path(__file__).parents[2]
@@ -117,19 +118,58 @@ def test_what_is_free_goes_back_once_it_is_much():
 
 
 def test_the_table_is_that_of_the_result():
-    with measuring() as memory:
+    with measuring() as measure:
         result = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_bytes())
         page = (ROOT / "docs" / "performance.md").read_text()
-        assert memory.renewed(page, result) == page, "run `python benchmarks/memory.py`"
+        assert measure.renewed(page, result) == page, "run `python benchmarks/memory.py`"
     assert max(r["ratio"] for r in result["rows"]) <= result["target"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_plans_bear_out(tmp_path):
-    with measuring() as memory:
-        memory.build(tmp_path / "models")
-        for drawn in memory.draw(tmp_path / "models", 6):
-            row = memory.measured(drawn, tmp_path)
-            assert row["ratio"] <= memory.TARGET, row
+    with measuring() as measure:
+        measure.build(tmp_path / "models")
+        for drawn in measure.draw(tmp_path / "models", 6):
+            row = measure.measured(drawn, tmp_path)
+            assert row["ratio"] <= measure.TARGET, row
             assert row["ratio"] >= 0.5, row
+
+
+def test_where_the_system_does_not_say_what_is_free(monkeypatch):
+    def unknown(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(memory.os, "sysconf", unknown)
+    assert memory.default_limit() == 4 << 30  # half of an assumed 8 GiB
+    for free, limit in ((100 << 30, 8 << 30), (6 << 30, 3 << 30), (1 << 20, 256 << 20)):
+        known = {"SC_AVPHYS_PAGES": free >> 12, "SC_PAGE_SIZE": 1 << 12}
+        monkeypatch.setattr(memory.os, "sysconf", known.__getitem__)
+        assert memory.default_limit() == limit
+
+
+def test_cpus_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(memory.os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert memory.available_cpus() == 3
+    monkeypatch.delattr(memory.os, "sched_getaffinity")
+    monkeypatch.setattr(memory.os, "cpu_count", lambda: 7)
+    assert memory.available_cpus() == 7
+    monkeypatch.setattr(memory.os, "cpu_count", lambda: None)
+    assert memory.available_cpus() == 1
+
+
+def test_another_allocator_is_left_alone(monkeypatch):
+    """On musl or macOS there is no mallopt, no mallinfo2 and nothing to trim, which is no error."""
+
+    class Other:
+        def __init__(self, name: str | None) -> None:
+            pass
+
+    memory._glibc.cache_clear()
+    monkeypatch.setattr(memory.ctypes, "CDLL", Other)
+    try:
+        memory.keep_freed_memory()
+        memory.return_surplus(0)
+        assert memory._glibc() is None
+    finally:
+        memory._glibc.cache_clear()
