@@ -96,7 +96,7 @@ def test_a_plan_that_another_writes_down_at_the_same_moment_is_compared(theirs, 
     if fits:
         space.match(space.plan, {"recipe": "a"})
     else:
-        with pytest.raises(UsageError, match="another run.*changed since: recipe"):
+        with pytest.raises(UsageError, match=r"another run.*changed since: recipe"):
             space.match(space.plan, {"recipe": "a"})
     assert json.loads(space.plan.read_bytes()) == theirs
     assert [p.name for p in space.root.iterdir()] == ["plan.json"]
