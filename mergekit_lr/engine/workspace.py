@@ -269,7 +269,9 @@ class Workspace:
         self.discard()
 
     def _remove_strays(self, wanted: set[str]) -> None:
-        for path in [p for p in self.model.rglob("*") if p.is_symlink() or not p.is_dir()]:
+        with fs.explained("look into", self.model):
+            found = [p for p in self.model.rglob("*") if p.is_symlink() or not p.is_dir()]
+        for path in found:
             if path.relative_to(self.model).as_posix() not in wanted:
                 fs.remove_file(path)
 
