@@ -95,14 +95,12 @@ def _quantized(layout: BundleLayout, info: TensorInfo, tasks: list[str]) -> None
             exact[task] = (store(f"own/{task}/{name}", out, info.shape, "stored exactly: too small to quantise"),)
     if quantized:
         numbers = {t: {"bits": b} for t, b in zip(tasks, bits, strict=True) if t in quantized}
-        shape = (center,)
-        layout.entries.append(
-            Entry(name, out, info.shape, "offsets", shape, quantized, {"group": merge.group}, numbers)
-        )
+        call = {"group": merge.group}
+        layout.entries.append(Entry(name, out, info.shape, "offsets", (center,), quantized, call, numbers))
     if exact:
         layout.entries.append(Entry(name, out, info.shape, "copy", (), exact))
     layout.sinks += sinks
-    call = Quantizing(
+    job = Quantizing(
         shape=info.shape,
         stored=layout.stored_dtypes(name, tasks),
         out=out,
@@ -111,7 +109,7 @@ def _quantized(layout: BundleLayout, info: TensorInfo, tasks: list[str]) -> None
         mean=merge.center == "mean",
         squares=merge.scale == "squares",
     )
-    layout.tasks.append(Task("quantized", name, layout.sources(name, tasks), call, held=2 * len(tasks) + 12))
+    layout.tasks.append(Task("quantized", name, layout.sources(name, tasks), job, held=2 * len(tasks) + 12))
 
 
 def _smaller(bits: int, info: TensorInfo, scales: tuple[int, int], item: int) -> bool:

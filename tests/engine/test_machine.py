@@ -101,6 +101,13 @@ def test_cpus(groups: str, files: dict[str, str], cpus: int, tmp_path: Path, mon
     assert system.cpus().amount == cpus
 
 
+def test_cpus_where_the_system_has_no_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for count, cpus in ((7, 7), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert usable_cpus(tmp_path, tmp_path) == Allowance(cpus, "of the machine")
+
+
 def test_where_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_memory(tmp_path, tmp_path).amount > 0  # the C library knows
 

@@ -136,28 +136,6 @@ def test_plans_bear_out(tmp_path):
             assert row["ratio"] >= 0.5, row
 
 
-def test_where_the_system_does_not_say_what_is_free(monkeypatch):
-    def unknown(name: str) -> int:
-        raise ValueError("unrecognized configuration name")
-
-    monkeypatch.setattr(memory.os, "sysconf", unknown)
-    assert memory.default_limit() == 4 << 30  # half of an assumed 8 GiB
-    for free, limit in ((100 << 30, 8 << 30), (6 << 30, 3 << 30), (1 << 20, 256 << 20)):
-        known = {"SC_AVPHYS_PAGES": free >> 12, "SC_PAGE_SIZE": 1 << 12}
-        monkeypatch.setattr(memory.os, "sysconf", known.__getitem__)
-        assert memory.default_limit() == limit
-
-
-def test_cpus_are_those_that_the_process_may_use(monkeypatch):
-    monkeypatch.setattr(memory.os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
-    assert memory.available_cpus() == 3
-    monkeypatch.delattr(memory.os, "sched_getaffinity")
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: 7)
-    assert memory.available_cpus() == 7
-    monkeypatch.setattr(memory.os, "cpu_count", lambda: None)
-    assert memory.available_cpus() == 1
-
-
 def test_another_allocator_is_left_alone(monkeypatch):
     """On musl or macOS there is no mallopt, no mallinfo2 and nothing to trim, which is no error."""
 
