@@ -132,8 +132,9 @@ class Reduction:
             yield compare(self.network, self.windows, self.stream.batches, first, second, names)
 
     def _router(self) -> str:
-        assert self.network.family is not None
-        return self.network.family.router
+        family = self.network.family
+        assert family is not None and family.memory is not None
+        return family.memory.router
 
     def _states(self, stack: ExitStack, name: str) -> States:
         states: States = MemoryStates(self.stream.batches)

@@ -90,13 +90,16 @@ def test_a_server_that_ignores_ranges_sends_the_file_from_its_start(
 def test_a_body_of_another_length_than_its_range_is_asked_for_again(
     hub: Hub, runner: Runner, tmp_path: Path, shard: bytes, change: Any, least: int, most: int
 ) -> None:
-    """What came of the file is kept, and nothing beyond its end is written."""
+    """What came of the file is kept, and nothing beyond its end is written.
+
+    Where a body is too long, all of the file may have come before that is seen.
+    """
     hub.faults.append(Fault(STORED, change=change))
     assert fetch(runner, tmp_path)["whole"]
     assert there(tmp_path) == ["shard"] and (tmp_path / "shard").read_bytes() == shard
-    first, second = spans(hub)
-    assert first == "bytes=0-" and second is not None
-    assert least <= int(second.removeprefix("bytes=").removesuffix("-")) <= most
+    first, *again = spans(hub)
+    assert first == "bytes=0-" and len(again) <= 1 and (again or most == len(DATA))
+    assert all(least <= int(r.removeprefix("bytes=").removesuffix("-")) <= most for r in again)
 
 
 def test_a_body_that_is_never_whole_ends_resumable(hub: Hub, runner: Runner, tmp_path: Path, shard: bytes) -> None:
