@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_lr.bundle.manifest import FILE, Entry, Manifest, Task
@@ -15,8 +17,22 @@ from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.writer import write_safetensors
 from mergekit_lr.engine.digest import ALGORITHM, ChunkDigests, combine
 
+Maker = Callable[..., list[str]]
 SHAPES = {"model.a.weight": (33, 7), "model.b.weight": (70_001,), "model.norm.weight": (5,)}
 TASKS = ("python", "german")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Maker:
+    """``write(models)`` writes raw state dicts, ``m0.safetensors`` and so on, and returns their paths."""
+
+    def files(models: list[dict[str, Tensor]]) -> list[str]:
+        paths = [str(tmp_path / f"m{i}.safetensors") for i in range(len(models))]
+        for path, tensors in zip(paths, models, strict=True):
+            save_file(tensors, path)
+        return paths
+
+    return files
 
 
 def digest(tensor: Tensor) -> str:

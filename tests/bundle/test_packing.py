@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mergekit_lr import inspect, merge, open_bundle, recover, verify
@@ -24,22 +23,9 @@ from mergekit_lr.errors import CheckpointError, NonFiniteError, RecipeError, Usa
 from mergekit_lr.recipe import load_recipe
 
 from ..killing import killed_everywhere
+from .conftest import Maker
 
 SHAPES = {"a.weight": (150, 500), "b.weight": (3, 5), "norm.weight": (7,)}
-Maker = Callable[..., list[str]]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Maker:
-    """``write(models)`` writes raw state dicts, ``m0.safetensors`` and so on, and returns their paths."""
-
-    def files(models: list[dict[str, Tensor]]) -> list[str]:
-        paths = [str(tmp_path / f"m{i}.safetensors") for i in range(len(models))]
-        for path, tensors in zip(paths, models, strict=True):
-            save_file(tensors, path)
-        return paths
-
-    return files
 
 
 def draw(count: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> list[dict[str, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mergekit_lr import inspect, merge, open_bundle, recover, verify
@@ -22,21 +21,9 @@ from mergekit_lr.bundle.quantized import Quantizing, quantize, spans
 from mergekit_lr.errors import CheckpointError, NonFiniteError, RecipeError
 from mergekit_lr.method import GRID
 
+from .conftest import Maker
+
 SHAPES = {"a.weight": (150, 500), "b.weight": (3, 5), "c.weight": (9, 2, 50), "norm.weight": (70,)}
-Maker = Callable[..., list[str]]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Maker:
-    """``write(models)`` writes raw state dicts, ``m0.safetensors`` and so on, and returns their paths."""
-
-    def files(models: list[dict[str, Tensor]]) -> list[str]:
-        paths = [str(tmp_path / f"m{i}.safetensors") for i in range(len(models))]
-        for path, tensors in zip(paths, models, strict=True):
-            save_file(tensors, path)
-        return paths
-
-    return files
 
 
 def draw(count: int, dtype: torch.dtype = torch.bfloat16, shapes: dict[str, Any] = SHAPES) -> list[dict[str, Tensor]]:
