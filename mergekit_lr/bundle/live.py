@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from mergekit_lr.bundle.open import Bundle
 
-RUN = 1 << 22  # elements of a tensor that one thread does at a time
+RUN = 1 << 24  # elements of a tensor that one thread does at a time
 
 
 @dataclass(frozen=True)

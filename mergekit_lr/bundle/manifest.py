@@ -55,6 +55,10 @@ class Entry:
     call: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
     def of(self, task: str) -> Recovered:
         """The tensor as one task has it."""
         parts = (*self.shared, *self.own[task])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,7 @@ class Bundle:
     def __init__(self, folder: Path, manifest: Manifest, stored: Checkpoint, *, base: str | None = None) -> None:
         self.folder, self.manifest, self.stored = folder, manifest, stored
         self._base_place = base
+        self._entries = manifest.entries
         self._held: dict[str, Part] = {}
 
     @property
@@ -99,7 +102,7 @@ class Bundle:
     def tensors(self, task: str) -> dict[str, Recovered]:
         """What the recovered model has, by name: dtype, shape, and what it comes from."""
         self.check_task(task)
-        return {e.name: e.of(task) for e in self.manifest.entries if task in e.own}
+        return {e.name: e.of(task) for e in self._entries if task in e.own}
 
     def adapter_tensors(self, task: str) -> dict[str, Recovered]:
         """The same for the task as a LoRA adapter; empty where it cannot be given as one."""
@@ -139,6 +142,11 @@ class Bundle:
         outside = {p for e in self.manifest.entries for p in e.shared if p.startswith(BASE)}
         everything |= {p: FilePart(self.base, p.removeprefix(BASE)) for p in outside}
         self._held = held(everything, device)
+        uses = Counter(p for e in _every_entry(self.manifest) for p in {*e.shared, *chain(*e.own.values())})
+        self._entries = tuple(
+            e if any(uses[p] > 1 for p in e.shared) else get_code(e.code).ready(e, self._held)
+            for e in self.manifest.entries
+        )
         return self
 
     def part(self, name: str) -> Part:
@@ -182,7 +190,7 @@ class Bundle:
         self.stored.close()
         if "base" in self.__dict__:
             self.base.close()
-        self._held = {}
+        self._entries, self._held = self.manifest.entries, {}
 
     def __enter__(self) -> Bundle:
         return self

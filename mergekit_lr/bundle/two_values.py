@@ -8,13 +8,15 @@ kept exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lr.bundle.apart import bits_of, to_apart
 from mergekit_lr.bundle.codes import Code, steps
-from mergekit_lr.bundle.manifest import Recovered
+from mergekit_lr.bundle.manifest import Entry, Recovered
 from mergekit_lr.bundle.masks import mask_scratch, pack, packed_bytes, spread
+from mergekit_lr.bundle.memory import Part
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import GRID
@@ -106,7 +108,7 @@ class Select(Code):
 
     def decode(self, wanted: Recovered, desk: Desk, start: int = 0, stop: int | None = None) -> None:
         dtype = torch_dtype(wanted.dtype)
-        kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        kind = bits_of(dtype)
         runs = steps(desk, start, wanted.numel if stop is None else stop)
         scratch = mask_scratch(runs, kind)
         for a, b in runs:
@@ -115,6 +117,9 @@ class Select(Code):
             out = desk.room(0, a, b)
             chosen_bits(low, high, packed, out.view(kind), scratch)
             desk.write(0, out, a)
+
+    def ready(self, entry: Entry, parts: MutableMapping[str, Part]) -> Entry:
+        return to_apart(entry, parts, lambda low, high: (low, high))
 
 
 def chosen_bits(low: Tensor, high: Tensor, packed: Tensor, out: Tensor, scratch: Tensor) -> None:
