@@ -61,11 +61,11 @@ def test_a_held_bundle_gives_the_bits_of_its_files(
     tmp_path: Path, write: Callable[..., list[str]], dtype: torch.dtype, parameters: dict[str, Any], code: str
 ) -> None:
     g = torch.Generator().manual_seed(5)
-    models = [{"w": torch.randn(70_003, generator=g).to(dtype), "b": torch.randn(6, 4, generator=g).to(dtype)}]
+    models = [{"w": torch.randn(701, 101, generator=g).to(dtype), "b": torch.randn(6, 4, generator=g).to(dtype)}]
     models += [
         {n: (x + 0.1 * torch.randn(x.shape, generator=g)).to(dtype) for n, x in models[0].items()} for _ in "abc"
     ]
-    models[0]["w"][:2] = torch.tensor([-0.0, 0.0])
+    models[0]["w"][0, :2] = torch.tensor([-0.0, 0.0])
     base, *tasks = write(models)
     recipe = parameters | {"base_model": base, "models": [{"model": m, "name": f"t{i}"} for i, m in enumerate(tasks)]}
     merge(recipe, tmp_path / "bundle", device="cpu")
