@@ -55,7 +55,7 @@ def _full(method: str, **parameters: Any) -> Callable[[Path, list[str]], dict[st
             "models": [{"model": str(models / t), "name": t} for t in TASKS],
             "parameters": parameters,
         }
-        if parameters.get("lambda") == "grid":
+        if parameters.get("lambda") == "grid" or parameters.get("masks") == "learned":
             found["calibration"] = {"text": texts, "samples": COUNT, "sequence_length": WINDOW}
         return found
 
@@ -76,6 +76,16 @@ ROWS = [
     Row(
         "TALL on TIES over the model (half kept), lambda by held-out loss",
         _full("tall_masks", **{"lambda": "grid", "multi_task": "ties", "density": 0.5, "threshold_scope": "model"}),
+    ),
+    *(
+        Row(
+            f"TALL on TIES (half kept), masks learned from {what}",
+            _full(
+                "tall_masks",
+                **{"lambda": 0.5, "multi_task": "ties", "density": 0.5, "masks": "learned", "label_weight": weight},
+            ),
+        )
+        for what, weight in (("the expert", 0.0), ("expert and text", 0.05))
     ),
     Row("two values", _full("two_values")),
     *(Row(f"quantized, {bits} bit{'s' * (bits > 1)}", _full("quantized", bits=bits)) for bits in (1, 2, 3, 4, 6)),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from mergekit_lr.bundle.grid import Open, choose, chosen
+from mergekit_lr.bundle.learning import Course, learn, learned_masks, losses_of
 from mergekit_lr.bundle.manifest import Entry
 from mergekit_lr.bundle.masking import Packing, pack_tensor
 from mergekit_lr.bundle.masks import packed_bytes
@@ -19,6 +20,7 @@ from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.errors import RecipeError
 from mergekit_lr.graph.nodes import Result, Sink, Task
+from mergekit_lr.graph.nodes import Source as Stored
 from mergekit_lr.method import Base, Parameters, Source, parameter
 from mergekit_lr.recipe import Recipe
 from mergekit_lr.rewrite import Desk, Kind, Outline, Preparation, Rewrite
@@ -65,6 +67,19 @@ class TallMasks(Rewrite):
         factor: Literal["one", "fitted"] = parameter(
             "one", description="factor on a task's masked vector: one as in the paper, or fitted to each tensor"
         )
+        masks: Literal["threshold", "learned"] = parameter(
+            "threshold",
+            description="the threshold's masks as in the paper, or bits that are learned from there on the calibration "
+            "text, to predict what the expert predicts",
+        )
+        steps: int = parameter(100, ge=1, le=100_000, description="steps of `masks: learned`, of 8 windows each")
+        rate: float = parameter(0.006, gt=0, le=1, description="step size of `masks: learned`, falling to nothing")
+        label_weight: float = parameter(
+            0.0,
+            ge=0,
+            allow_inf_nan=False,
+            description="with learned masks, what the text's own next tokens count beside the expert's predictions",
+        )
 
     class PerModel(Parameters):
         lam: Lambda = parameter(
@@ -77,44 +92,92 @@ class TallMasks(Rewrite):
 
     def outline(self, recipe: Recipe, inputs: Mapping[str, Checkpoint], prepared: Path | None) -> Outline:
         layout = BundleLayout(recipe, inputs)
-        measured, cuts = chosen(prepared), found_cuts(prepared)
-        tensors = _run(layout, {t: found["lambda"] for t, found in measured.items()}, cuts)
+        found = _Found.in_folder(prepared, list(layout.tasks_of))
+        tensors = _run(layout, found)
         outline = layout.outline(self.name)
-        left_open = _on_grid(tensors)
-        if recipe.calibration is not None and not left_open and not measured:
-            raise RecipeError("calibration is not used: no lambda is grid", where="recipe", fix="remove calibration")
-        if measured:
-            return replace(outline, details={**outline.details, "lambda": measured})
+        left_open, course = _on_grid(tensors), _course(layout, tensors)
+        if recipe.calibration is not None and not (left_open or course or found.lambdas):
+            why = "calibration is not used: no lambda is grid, and masks are not learned"
+            raise RecipeError(why, where="recipe", fix="remove calibration")
+        details: dict[str, Any] = {"lambda": found.lambdas} if found.lambdas else {}
+        if found.masks:
+            details["learned"] = {t: {"losses": losses_of(m)} for t, m in found.masks.items()}
+            names = (*outline.models, *(f"masks of {t}" for t in found.masks))
+            outline = replace(outline, models=names, extra={f"masks of {t}": m for t, m in found.masks.items()})
         warnings = [f"lambda of {', '.join(left_open)} is chosen on text before packing"] if left_open else []
-        if any(x.model_wide for x in tensors) and not cuts:
+        if any(x.model_wide for x in tensors) and not found.cuts:
             warnings.append("thresholds are found over all tensors before packing")
-        return replace(outline, warnings=tuple(warnings))
+        if course and not found.masks:
+            warnings.append("masks are learned on text before packing")
+        return replace(outline, details={**outline.details, **details}, warnings=tuple(warnings))
 
     def prepare(self, work: Preparation) -> None:
-        layout = BundleLayout(work.recipe, work.inputs)
-        tensors = _run(layout, {}, {})
+        found = _Found()
+        layout, tensors = _laid_out(work, found)
+        tasks = list(layout.tasks_of)
         if wide := [x for x in tensors if x.model_wide]:
-            find_cuts(work, wide, list(layout.tasks_of))
-            tensors = _run(BundleLayout(work.recipe, work.inputs), {}, found_cuts(work.folder))
+            find_cuts(work, wide, tasks)
+            found = _Found(cuts=found_cuts(work.folder))
+            layout, tensors = _laid_out(work, found)
         if left_open := _on_grid(tensors):
             choose(work, tensors, left_open)
+            layout, tensors = _laid_out(work, replace(found, lambdas=chosen(work.folder)))
+        if course := _course(layout, tensors):
+            learn(work, tensors, tasks, course)
 
     def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
+        found = []
         if merge.threshold_scope == "model" and merge.multi_task != "ties":
-            return ["threshold_scope: model is about what TIES trims; it needs multi_task: ties"]
+            found.append("threshold_scope: model is about what TIES trims; it needs multi_task: ties")
         if merge.factor == "fitted" and any(m.lam == "grid" for m in models):
-            return ["lambda: grid measures a factor of one; use lambda: auto with factor: fitted"]
-        return []
+            found.append("lambda: grid measures a factor of one; use lambda: auto with factor: fitted")
+        if merge.masks == "learned" and merge.factor == "fitted":
+            found.append("masks: learned has a factor of one; use factor: one")
+        if merge.masks != "learned" and _lessons(merge) != _lessons(self.Merge()):
+            found.append("steps, rate and label_weight are of masks: learned")
+        return found
 
     def compute(self, task: Task, desk: Desk) -> None:
         desk.note(pack_tensor(task.call, desk))
 
 
-def _run(layout: BundleLayout, measured: Mapping[str, float], cuts: Mapping[str, ModelCut]) -> list[Open]:
+@dataclass(frozen=True)
+class _Found:
+    """What was prepared: ``lambdas`` of tasks by held-out loss, TIES' ``cuts``, learned ``masks``; by task."""
+
+    lambdas: Mapping[str, Any] = field(default_factory=dict)
+    cuts: Mapping[str, ModelCut] = field(default_factory=dict)
+    masks: Mapping[str, Checkpoint] = field(default_factory=dict)
+
+    @classmethod
+    def in_folder(cls, prepared: Path | None, tasks: Sequence[str]) -> _Found:
+        return cls(chosen(prepared), found_cuts(prepared), learned_masks(prepared, tasks))
+
+
+def _laid_out(work: Preparation, found: _Found) -> tuple[BundleLayout, list[Open]]:
+    layout = BundleLayout(work.recipe, work.inputs)
+    return layout, _run(layout, found)
+
+
+def _run(layout: BundleLayout, found: _Found) -> list[Open]:
     """Lay out everything; returns each masked tensor with its tasks, a lambda of None where it is still open."""
     tensors: list[Open] = []
-    layout.run(lambda layout, info, tasks: tensors.append(_masked(layout, info, tasks, measured, cuts)))
+    layout.run(lambda layout, info, tasks: tensors.append(_masked(layout, info, tasks, found)))
     return tensors
+
+
+def _lessons(merge: Any) -> Course:
+    return Course(merge.steps, merge.rate, merge.label_weight)
+
+
+def _course(layout: BundleLayout, tensors: Sequence[Open]) -> Course | None:
+    """How masks are learned, which is the same for all tensors; None where they are thresholds'."""
+    every = [layout.recipe.groups[0].resolve(x.packing.name, 0.0)[0] for x in tensors]
+    ways = {_lessons(m) if getattr(m, "masks", "") == "learned" else None for m in every}
+    if len(ways) > 1:
+        why = "masks, steps, rate and label_weight differ between tensors; a model's masks are learned together"
+        raise RecipeError(why, where="parameters", fix="give one value for all tensors")
+    return next(iter(ways), None)
 
 
 def _on_grid(tensors: Sequence[Open]) -> list[str]:
@@ -126,15 +189,15 @@ def _masked(
     layout: BundleLayout,
     info: TensorInfo,
     tasks: list[str],
-    measured: Mapping[str, float],
-    cuts: Mapping[str, ModelCut],
+    found: _Found,
 ) -> Open:
     """One tensor: base, vector, a mask for each task, and what was fitted."""
     name = info.name
     merge, each = layout.recipe.groups[0].resolve(name, 0.0)
     assert isinstance(merge, TallMasks.Merge)
     lambdas = [p.lam for t, p in zip(layout.tasks_of, each, strict=True) if t in tasks]  # type: ignore[attr-defined]
-    on_grid = tuple(t for t, x in zip(tasks, lambdas, strict=True) if x == "grid" and t not in measured)
+    on_grid = tuple(t for t, x in zip(tasks, lambdas, strict=True) if x == "grid" and t not in found.lambdas)
+    measured = {t: x["lambda"] for t, x in found.lambdas.items()}
     lambdas = [measured.get(t, "auto") if x == "grid" else x for t, x in zip(tasks, lambdas, strict=True)]
     number, out = len(layout.tasks), layout.dtype(info)
     masks = [f"mask/{t}/{name}" for t in tasks]
@@ -165,8 +228,12 @@ def _masked(
         ties=merge.multi_task == "ties",
         density=merge.density,
         factor=merge.factor == "fitted",
-        cuts=cuts_of(name, merge.density, tasks, cuts) if model_wide and cuts else (),
+        cuts=cuts_of(name, merge.density, tasks, found.cuts) if model_wide and found.cuts else (),
+        learned=tuple(1 + len(tasks) + i for i in range(len(tasks))) if found.masks else (),
     )
-    layout.tasks.append(Task("tall_masks", name, layout.sources(name, tasks), call, held=len(tasks) + 4))
+    first, order = len(layout.models), list(found.masks)
+    given = [Stored(first + order.index(t), name) for t in tasks] if found.masks else []
+    sources = (*layout.sources(name, tasks), *given)
+    layout.tasks.append(Task("tall_masks", name, sources, call, held=len(tasks) + 4))
     checkpoints = (layout.base, *(layout.tasks_of[t] for t in tasks))
     return Open(call, tuple(tasks), checkpoints, on_grid, model_wide)

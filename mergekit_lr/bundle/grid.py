@@ -62,7 +62,7 @@ def choose(work: Preparation, tensors: Sequence[Open], tasks: Sequence[str]) -> 
     network, tokenizer = load_for_evaluation(local_path(work.recipe.base_model.model), work.device)
     found: dict[str, dict[str, Any]] = {}
     for done, task in enumerate(tasks):
-        batches = _batches(work.recipe, task, tokenizer)
+        batches = batches_of(work.recipe, task, tokenizer)
         losses = []
         for rank in range(1, len(LAMBDAS) + 1):
             _put(network, tensors, files, task, rank)
@@ -126,7 +126,7 @@ def _check(recipe: Recipe) -> None:
         )
 
 
-def _batches(recipe: Recipe, task: str, tokenizer: Any) -> list[Tensor]:
+def batches_of(recipe: Recipe, task: str, tokenizer: Any) -> list[Tensor]:
     """Windows of the task's text: of the files called like it, or of all where none is."""
     asked = recipe.calibration
     assert asked is not None

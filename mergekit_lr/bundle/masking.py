@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.bundle.codes import steps
-from mergekit_lr.bundle.masks import pack, packed_bytes
+from mergekit_lr.bundle.masks import pack, packed_bytes, unpack
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.lazy import torch
 from mergekit_lr.localize import elected, summed, wanted
@@ -30,7 +30,8 @@ TRIM = LargestMagnitude()
 class Packing:
     """One tensor of a bundle. ``lambdas``: one for each task, None where it is fitted to the tensor.
 
-    ``cuts``: what is kept of each task vector, where that is known; otherwise it is found in the tensor.
+    ``cuts``: what is kept of each task vector, where that is known; otherwise it is found in the tensor. ``learned``:
+    for each task the input that is its mask, packed; empty where thresholds make them.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Packing:
     density: float
     factor: bool
     cuts: tuple[Cut, ...] = ()
+    learned: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -88,7 +90,7 @@ def pack_tensor(job: Packing, desk: Desk) -> dict[str, Any]:
             e = min(n, s + GRID)
             part = parts.part(raw, start, s, e)
             narrow[s:e] = part.narrow
-            for t, (d, lam) in enumerate(zip(part.deltas, lambdas, strict=True)):
+            for t, (d, lam) in enumerate(() if job.learned else zip(part.deltas, lambdas, strict=True)):
                 mask = wanted(d, part.vector, lam)
                 kept[t] += int(torch.count_nonzero(mask))
                 masks[t][s // 8 : packed_bytes(e)] = pack(mask)
@@ -96,6 +98,9 @@ def pack_tensor(job: Packing, desk: Desk) -> dict[str, Any]:
                     sums[t].add(mask, part.vector, d)
         desk.write(0, raw[0], start)
         desk.write(1, narrow, start)
+        for t, given in enumerate(job.learned):
+            masks[t] = desk.read(given, start // 8, packed_bytes(start + n), dtype=torch.uint8)
+            kept[t] += int(torch.count_nonzero(unpack(masks[t], n)))
         for t, packed in enumerate(masks):
             desk.write(2 + t, packed, start // 8)
     facts: dict[str, Any] = {"density": [round(k / max(job.numel, 1), 6) for k in kept]}
