@@ -43,9 +43,20 @@ def watch_log(pytestconfig: pytest.Config) -> Path:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     found = session.config.stash[WATCHED].read_text(encoding="utf-8").splitlines()
+    found += session.config.stash.get(FINDINGS, [])
     session.config.stash[FINDINGS] = found
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["forbidden"] = found
     if found:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker's watcher found is the whole session's."""
+    output = getattr(node, "workeroutput", {})
+    stash = node.config.stash
+    stash[FINDINGS] = [*stash.get(FINDINGS, []), *output.get("forbidden", [])]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
