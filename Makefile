@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-slow test-peer compare-mergekit test-gpu test-wheel lint zoo clean
@@ -11,8 +12,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
 
+# Two processes, each with whole files: fixtures of a file are made once.
 test: $(READY) lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(JOBS) --dist loadfile
 	$(BIN)/python tests/packaging/check_wheel.py
 
 # The suites that need minutes, another project's environment, or a GPU.

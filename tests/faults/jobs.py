@@ -119,6 +119,16 @@ def recover(folder: Path) -> Act:
 @job
 def grid(folder: Path) -> Act:
     """Lambda by held-out loss, on the committed example models."""
+    return on_text(folder, {"lambda": "grid"}, samples=2)
+
+
+@job
+def learned(folder: Path) -> Act:
+    """Masks learned on text, for two tasks one after the other."""
+    return on_text(folder, {"lambda": 0.4, "masks": "learned", "steps": 2}, samples=4)
+
+
+def on_text(folder: Path, parameters: dict[str, Any], samples: int) -> Act:
     import mergekit_lr.evaluation
 
     text = folder / "german.txt"
@@ -130,8 +140,8 @@ def grid(folder: Path) -> Act:
             {"model": str(EXAMPLES / "models" / "c"), "name": "c", "parameters": {"lambda": 0.3}},
             {"model": str(EXAMPLES / "models" / "german"), "name": "german"},
         ],
-        "parameters": {"lambda": "grid"},
-        "calibration": {"text": [str(text)], "samples": 2, "sequence_length": 16},
+        "parameters": parameters,
+        "calibration": {"text": [str(text)], "samples": samples, "sequence_length": 16},
     }
     mergekit_lr.evaluation.load_for_evaluation(EXAMPLES / "models" / "base")  # imports what it needs
     return lambda out: merge(recipe, out, device="cpu", threads=1)

@@ -17,7 +17,7 @@ from .stopping import run
 LONG = 3600
 IMPORTANT = 200  # random kills of the merge itself
 OTHERS = 50
-LONG_JOBS = ("grid", "moe", "calibrate")
+LONG_JOBS = ("grid", "learned", "moe", "calibrate")
 
 
 @pytest.mark.parametrize("job", ["adapter", "curvature"])
