@@ -119,12 +119,14 @@ def drain(plan: Plan, job: Job, units: Sequence[Unit], progress: Progress | None
 
 def threads_drain(job: Job, todo: deque[Unit], workers: int, tick: Callable[[int], None]) -> None:
     """Do all of ``todo`` with threads of this process; see `processes.drain`."""
-    # Events, not Thread.join: an interrupted join marks a running thread as ended on CPython 3.11, and the
-    # workspace must not be released while anyone still writes to it.
+    # Events before Thread.join: an interrupted join marks a running thread as ended on CPython 3.11, and the
+    # workspace must not be released while anyone still writes to it. The join is for the interpreter: a thread that
+    # still frees its buffers when the process ends takes it down with it (pthread_exit inside torch).
     failures: list[BaseException] = []
     finished = [threading.Event() for _ in range(workers)]
-    for event in finished:
-        threading.Thread(target=work, args=(job, todo, failures, event), daemon=True).start()
+    threads = [threading.Thread(target=work, args=(job, todo, failures, e), daemon=True) for e in finished]
+    for thread in threads:
+        thread.start()
     try:
         for event in finished:
             while not event.wait(TICK):
@@ -135,6 +137,8 @@ def threads_drain(job: Job, todo: deque[Unit], workers: int, tick: Callable[[int
     finally:
         for event in finished:
             event.wait()
+        for thread in threads:
+            thread.join()
     if failures:
         raise failures[0]
 

@@ -161,7 +161,8 @@ def test_debug_keeps_the_exit_code(run: Run, recipe: Path, monkeypatch: pytest.M
 
 def test_an_interrupt_is_130_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
     code = (
-        "import mergekit_lr, time\n"
+        "import mergekit_lr, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits that it is ignored
         "def slow(*a, **k):\n    print('started', flush=True)\n    time.sleep(60)\n"
         "mergekit_lr.merge = slow\n"
         "from mergekit_lr.cli import main\nmain()\n"

@@ -147,9 +147,7 @@ def test_the_driver_is_killed_and_started_again(nodes: Nodes, recipes: Any, tmp_
     lose_the_driver(nodes, recipes["dense"], tmp_path)
 
 
-def test_what_keeps_a_node_out(
-    nodes: Nodes, recipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_keeps_a_node_out(nodes: Nodes, recipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mergekit_lr
 
     def run(out: str = "early") -> None:

@@ -6,13 +6,18 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
+from types import SimpleNamespace
 
 from mergekit_lr import merge
+from mergekit_lr.engine import portion
 
 # Every file operation takes 20 ms, so that there is a middle to interrupt.
 SLOWED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 from mergekit_lr.checkpoint import fs
 fs.set_hook(lambda operation, path: time.sleep(0.02))
 from mergekit_lr.cli import main
@@ -55,3 +60,19 @@ def test_interrupted_runs_stop_all_workers_and_resume(make, random_tensors, tmp_
     )
     merge(recipe, tmp_path / "undisturbed", device="cpu")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
+
+
+def test_no_worker_is_left_when_the_work_is_over(monkeypatch):
+    """One that still frees its buffers while the interpreter ends takes the process down (exit code 134)."""
+    ended = []
+
+    def slow_to_leave(job, todo, failures, finished):
+        finished.set()
+        time.sleep(0.2)
+        ended.append(threading.current_thread())
+
+    monkeypatch.setattr(portion, "work", slow_to_leave)
+    job = SimpleNamespace(stop=threading.Event(), done_bytes=0)
+    portion.threads_drain(job, deque(), 3, lambda done: None)
+    assert len(ended) == 3
+    assert not any(thread.is_alive() for thread in ended)

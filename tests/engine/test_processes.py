@@ -133,7 +133,8 @@ def test_a_killed_worker_is_an_error_that_can_be_resumed(recipe, tmp_path, forke
 
 
 SLOWED = """
-import json, sys, time
+import json, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 from mergekit_lr import merge
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.engine import processes
