@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint.foreign_code import check_loadable
-from mergekit_lr.checkpoint.model import open_folder
+from mergekit_lr.checkpoint.model import Checkpoint, open_folder
 from mergekit_lr.checkpoint.open import local_path
 from mergekit_lr.checkpoint.reference import ModelReference
-from mergekit_lr.errors import CheckpointError, UsageError, join_problems
+from mergekit_lr.errors import CheckpointError, ResourceError, UsageError, join_problems
 from mergekit_lr.lazy import torch
 from mergekit_lr.report.consistency import count_problems
 
@@ -103,6 +103,22 @@ def load_for_evaluation(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
             first = sorted(map(str, report[kind]))[0]
             raise CheckpointError(f"the weights do not fit the model: {kind} {first}", where=str(folder))
     return network.to(device).eval(), tokenizer
+
+
+def check_memory(models: Sequence[Checkpoint], copies: int, limit: int, what: str) -> None:
+    """Refuse what would hold more than ``limit`` bytes: ``copies`` of the largest model in fp32.
+
+    Raises:
+        ResourceError: says how much is needed.
+    """
+    largest = max(sum(4 * t.numel for t in m.tensors.values()) for m in models)
+    if copies * largest > limit:
+        mib = -(-copies * largest // 2**20)
+        raise ResourceError(
+            f"{what} holds {copies} models in memory",
+            why=f"a model takes {largest / 2**20:.0f} MiB in fp32, and {limit / 2**20:.0f} MiB are allowed",
+            fix=f"allow at least --max-memory {mib}MiB",
+        )
 
 
 def _check_counts(folder: Path) -> None:

@@ -63,8 +63,9 @@ class Pleas(Rewrite):
     def prepare(self, work: Preparation) -> None:
         from mergekit_lr.checkpoint import fs
         from mergekit_lr.checkpoint.writer import write_safetensors
+        from mergekit_lr.evaluation import check_memory
         from mergekit_lr.matching import align, axes, refitted
-        from mergekit_lr.matching.running import check_memory, samples_of
+        from mergekit_lr.matching.running import samples_of
         from mergekit_lr.matching.saved import save_members, saved_choice
 
         if (work.folder / axes.REPORT).exists():

@@ -14,7 +14,7 @@ from mergekit_lr.bundle.learning import Course, learn, learned_masks, losses_of
 from mergekit_lr.bundle.manifest import Entry
 from mergekit_lr.bundle.masking import Packing, pack_tensor
 from mergekit_lr.bundle.masks import packed_bytes
-from mergekit_lr.bundle.packing import BundleLayout
+from mergekit_lr.bundle.packing import BundleLayout, task_names
 from mergekit_lr.bundle.trimming import cuts_of, find_cuts, found_cuts
 from mergekit_lr.checkpoint.header import TensorInfo
 from mergekit_lr.checkpoint.model import Checkpoint
@@ -95,7 +95,7 @@ class TallMasks(Rewrite):
         found = _Found.in_folder(prepared, list(layout.tasks_of))
         tensors = _run(layout, found)
         outline = layout.outline(self.name)
-        left_open, course = _on_grid(tensors), _course(layout, tensors)
+        left_open, course = _on_grid(tensors), _course(tensors)
         if recipe.calibration is not None and not (left_open or course or found.lambdas):
             why = "calibration is not used: no lambda is grid, and masks are not learned"
             raise RecipeError(why, where="recipe", fix="remove calibration")
@@ -113,16 +113,16 @@ class TallMasks(Rewrite):
 
     def prepare(self, work: Preparation) -> None:
         found = _Found()
-        layout, tensors = _laid_out(work, found)
-        tasks = list(layout.tasks_of)
+        tasks = task_names(work.recipe.groups[0].inputs)
+        tensors = _laid_out(work, found)
         if wide := [x for x in tensors if x.model_wide]:
             find_cuts(work, wide, tasks)
             found = _Found(cuts=found_cuts(work.folder))
-            layout, tensors = _laid_out(work, found)
+            tensors = _laid_out(work, found)
         if left_open := _on_grid(tensors):
             choose(work, tensors, left_open)
-            layout, tensors = _laid_out(work, replace(found, lambdas=chosen(work.folder)))
-        if course := _course(layout, tensors):
+            tensors = _laid_out(work, replace(found, lambdas=chosen(work.folder)))
+        if course := _course(tensors):
             learn(work, tensors, tasks, course)
 
     def problems(self, merge: Any, models: tuple[Any, ...]) -> list[str]:
@@ -154,9 +154,8 @@ class _Found:
         return cls(chosen(prepared), found_cuts(prepared), learned_masks(prepared, tasks))
 
 
-def _laid_out(work: Preparation, found: _Found) -> tuple[BundleLayout, list[Open]]:
-    layout = BundleLayout(work.recipe, work.inputs)
-    return layout, _run(layout, found)
+def _laid_out(work: Preparation, found: _Found) -> list[Open]:
+    return _run(BundleLayout(work.recipe, work.inputs), found)
 
 
 def _run(layout: BundleLayout, found: _Found) -> list[Open]:
@@ -170,10 +169,9 @@ def _lessons(merge: Any) -> Course:
     return Course(merge.steps, merge.rate, merge.label_weight)
 
 
-def _course(layout: BundleLayout, tensors: Sequence[Open]) -> Course | None:
+def _course(tensors: Sequence[Open]) -> Course | None:
     """How masks are learned, which is the same for all tensors; None where they are thresholds'."""
-    every = [layout.recipe.groups[0].resolve(x.packing.name, 0.0)[0] for x in tensors]
-    ways = {_lessons(m) if getattr(m, "masks", "") == "learned" else None for m in every}
+    ways = {x.course for x in tensors}
     if len(ways) > 1:
         why = "masks, steps, rate and label_weight differ between tensors; a model's masks are learned together"
         raise RecipeError(why, where="parameters", fix="give one value for all tensors")
@@ -236,4 +234,5 @@ def _masked(
     sources = (*layout.sources(name, tasks), *given)
     layout.tasks.append(Task("tall_masks", name, sources, call, held=len(tasks) + 4))
     checkpoints = (layout.base, *(layout.tasks_of[t] for t in tasks))
-    return Open(call, tuple(tasks), checkpoints, on_grid, model_wide)
+    course = _lessons(merge) if merge.masks == "learned" else None
+    return Open(call, tuple(tasks), checkpoints, on_grid, model_wide, course)

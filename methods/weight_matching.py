@@ -86,8 +86,9 @@ class WeightMatching(Rewrite):
 
     def prepare(self, work: Preparation) -> None:
         from mergekit_lr.checkpoint.writer import write_safetensors
+        from mergekit_lr.evaluation import check_memory
         from mergekit_lr.matching import align, axes, mended
-        from mergekit_lr.matching.running import check_memory, samples_of
+        from mergekit_lr.matching.running import samples_of
         from mergekit_lr.matching.saved import saved_choice
 
         if (work.folder / axes.REPORT).exists():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lr.bundle.codes import Code, steps
 from mergekit_lr.bundle.manifest import Entry, Recovered
-from mergekit_lr.bundle.masks import packed_bytes, spread
+from mergekit_lr.bundle.masks import masked_sum, packed_bytes, spread
 from mergekit_lr.bundle.memory import STEP, HeldPart, Part
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.lazy import torch
@@ -21,8 +21,6 @@ from mergekit_lr.rewrite import Desk
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    Values = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Apart(Code):
@@ -49,11 +47,14 @@ def bits_of(dtype: torch.dtype) -> torch.dtype:
     return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
 
 
-def to_apart(entry: Entry, parts: MutableMapping[str, Part], values: Values) -> Entry:
-    """An entry of two shared parts and a mask for each task as one of `Apart`, whose parts take the place of theirs.
+def prepared(entry: Entry, parts: MutableMapping[str, Part]) -> Entry:
+    """An entry that swaps faster as one of `Apart`, whose parts then take the place of its two shared ones.
 
-    ``values``: what an element is where its bit is not set and where it is, from the two shared parts, ``[n]`` each.
+    Any other is given back as it is. ``parts`` are in memory, and the shared ones no other entry's.
     """
+    values = VALUES.get(entry.code)
+    if values is None or any(len(own) > 1 for own in entry.own.values()):  # beside the mask, a factor of its own
+        return entry
     one, two = (parts.pop(p).take(0, entry.numel) for p in entry.shared)
     kind = bits_of(one.dtype)
     low, apart = torch.empty_like(one), torch.empty_like(two)
@@ -64,3 +65,16 @@ def to_apart(entry: Entry, parts: MutableMapping[str, Part], values: Values) -> 
     names = tuple(f"{what}:{entry.shared[0]}" for what in ("low", "apart"))
     parts.update({n: HeldPart(x.view(entry.shape)) for n, x in zip(names, (low, apart), strict=True)})
     return replace(entry, code=Apart.name, shared=names)
+
+
+def _masked(base: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """What `masked_sum` gives where the bit is not set (-0 becomes 0 there) and where it is."""
+    packed = torch.zeros(packed_bytes(base.numel()), dtype=torch.uint8, device=base.device)
+    return masked_sum(base, vector, packed), masked_sum(base, vector, torch.full_like(packed, 255))
+
+
+VALUES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "masked": _masked,
+    "select": lambda low, high: (low, high),
+}
+"""By code, what an element is where its bit is not set and where it is, from its two shared parts, ``[n]`` each."""

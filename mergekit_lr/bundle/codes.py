@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import ClassVar
 
-from mergekit_lr.bundle.manifest import Entry, Recovered
-from mergekit_lr.bundle.memory import Part
+from mergekit_lr.bundle.manifest import Recovered
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.rewrite import Desk
@@ -37,13 +36,6 @@ class Code(ABC):
     def fixed(self, wanted: Recovered) -> int:
         """Bytes held beside 4 fp32 pieces of ``desk.step`` elements: for what must be whole."""
         return 20 * wanted.numel if self.whole else 0
-
-    def ready(self, entry: Entry, parts: MutableMapping[str, Part]) -> Entry:
-        """``entry`` as it is best decoded many times, its ``parts`` being in memory and no other entry's.
-
-        It may change them, but must give the same bits.
-        """
-        return entry
 
 
 class Copy(Code):
@@ -76,8 +68,8 @@ def steps(desk: Desk, start: int, stop: int) -> list[tuple[int, int]]:
 
 
 CODES = {
-    "copy": "mergekit_lr.bundle.codes:Copy",
     "apart": "mergekit_lr.bundle.apart:Apart",
+    "copy": "mergekit_lr.bundle.codes:Copy",
     "factor": "mergekit_lr.lowrank.codes:Factor",
     "low_rank": "mergekit_lr.lowrank.codes:LowRank",
     "masked": "mergekit_lr.bundle.masks:Masked",

@@ -30,6 +30,8 @@ from mergekit_lr.rewrite import Preparation
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergekit_lr.bundle.learning import Course
+
 LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.6)
 CHOSEN = "lambdas.json"
 BATCH = 8
@@ -44,6 +46,7 @@ class Open:
     checkpoints: tuple[Checkpoint, ...]  # the base's first
     on_grid: tuple[str, ...] = ()  # tasks whose lambda is not chosen yet
     model_wide: bool = False  # trimmed where all tensors of a task vector compete
+    course: Course | None = None  # how its masks are learned; None where they are thresholds'
 
 
 def choose(work: Preparation, tensors: Sequence[Open], tasks: Sequence[str]) -> None:

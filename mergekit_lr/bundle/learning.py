@@ -33,18 +33,17 @@ from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.model import Checkpoint, open_file
 from mergekit_lr.checkpoint.open import local_path
 from mergekit_lr.checkpoint.writer import write_safetensors
-from mergekit_lr.errors import CheckpointError, RecipeError, ResourceError
-from mergekit_lr.evaluation import load_for_evaluation
+from mergekit_lr.errors import CheckpointError, RecipeError
+from mergekit_lr.evaluation import check_memory, load_for_evaluation
 from mergekit_lr.lazy import torch
 from mergekit_lr.localize import wanted
 from mergekit_lr.method import GRID
 from mergekit_lr.rewrite import Preparation
-from mergekit_lr.sizes import format_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BETAS, TINY = (0.9, 0.999), 1e-12
+TINY = 1e-12  # Adam's epsilon: gradients by scores are small, being multiples of tau
 BATCH, AT_ONCE = 8, 2  # windows of a step, and of one forward pass on a CPU
 HELD_BACK = 4  # the last quarter of the windows judges
 JUDGED = 10  # times that the masks are judged on the way
@@ -63,7 +62,7 @@ class Course:
 class Scores:
     """One tensor of one task while it is learned. ``place``: its parameter in the recovered model.
 
-    Flat tensors on the model's device: base and vector as they are stored, the rest fp32.
+    Flat tensors on the model's device: base and vector as they are stored, scores in fp32.
     """
 
     name: str
@@ -71,21 +70,15 @@ class Scores:
     base: Tensor
     vector: Tensor
     score: Tensor
-    first: Tensor
-    second: Tensor
 
     def put(self) -> None:
         """Give the model the weights of these bits, rounded as they would be recovered."""
         moved = torch.addcmul(self.base.float(), self.vector.float(), (self.score > 0).float())
         self.place.detach().copy_(moved.to(self.base.dtype).view(self.place.shape))
 
-    def step(self, gradient: Tensor, number: int, rate: float) -> None:
-        """Adam's ``number``-th step, from 1 on."""
-        g = gradient.reshape(-1) * self.vector.float()
-        self.first.lerp_(g, 1 - BETAS[0])
-        self.second.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
-        root = (self.second / (1 - BETAS[1] ** number)).sqrt_().add_(TINY)
-        self.score.addcdiv_(self.first, root, value=-rate / (1 - BETAS[0] ** number)).clamp_(-1, 1)
+    def pull(self, gradient: Tensor | None) -> None:
+        """The score's gradient from the weight's; none where the weight plays no part."""
+        self.score.grad = None if gradient is None else gradient.reshape(-1) * self.vector.float()
 
 
 def learn(work: Preparation, tensors: Sequence[Open], tasks: Sequence[str], course: Course) -> None:
@@ -104,7 +97,9 @@ def learn(work: Preparation, tensors: Sequence[Open], tasks: Sequence[str], cour
             "masks: learned needs text files", where="calibration", fix="add `calibration: {text: [FILE]}`"
         )
     assert work.recipe.base_model is not None
-    _check_memory(tensors, work)
+    gradients = 1 + (min(work.threads, BATCH // AT_ONCE) if work.device == "cpu" else 1)
+    copies = 2 + 2 + 3 + gradients  # the two models; base and tau; scores and their moments
+    check_memory([x for t in tensors for x in t.checkpoints], copies, work.limit, "learning masks")
     folder = local_path(work.recipe.base_model.model)
     (recovered, tokenizer), (expert, _) = (load_for_evaluation(folder, work.device) for _ in range(2))
     for number, task in left:
@@ -146,36 +141,43 @@ class Learning:
 
     def run(self, windows: Tensor, work: Preparation, place: tuple[int, int]) -> tuple[dict[str, Tensor], list[float]]:
         """The best masks, packed, and the loss on what judges, each time from the start on."""
+        steps, rate = self.course.steps, self.course.rate
         cut = len(windows) - len(windows) // HELD_BACK
-        learned, judging = windows[:cut], windows[cut:]
-        draw = torch.Generator().manual_seed(work.recipe.seed)
-        every = max(1, self.course.steps // JUDGED)
+        drawn = self._batches(windows[:cut], torch.Generator().manual_seed(work.recipe.seed))
+        adam = torch.optim.Adam([x.score for x in self.tensors], lr=rate, eps=TINY)
+        falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
         best: dict[str, Tensor] = {}
         losses: list[float] = []
-        order: list[int] = []
         with ThreadPoolExecutor(work.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for number in range(self.course.steps + 1):
-                with torch.no_grad():
-                    for x in self.tensors:
-                        x.put()
-                if number % every == 0 or number == self.course.steps:
-                    losses.append(self.loss(judging, pool))
+            for step in range(steps + 1):
+                self._put()
+                if step % -(-steps // JUDGED) == 0 or step == steps:
+                    losses.append(self.loss(windows[cut:], pool))
                     if losses[-1] <= min(losses):
-                        best = {x.name: pack((x.score > 0).cpu()) for x in self.tensors}
-                if number == self.course.steps:
-                    return best, losses
-                if len(order) < min(BATCH, len(learned)):
-                    order += torch.randperm(len(learned), generator=draw).tolist()
-                drawn, order = order[:BATCH], order[BATCH:]
-                gradients = self.gradients(learned[drawn], pool)
-                rate = self.course.rate * (1 - number / self.course.steps)
-                with torch.no_grad():
-                    for x, g in zip(self.tensors, gradients, strict=True):
-                        if g is not None:
-                            x.step(g, number + 1, rate)
-                done = place[0] * self.course.steps + number + 1
-                work.tell(done, place[1] * self.course.steps, f"learning masks, loss {losses[-1]:.4f}")
-        raise AssertionError("the last step returns")
+                        best = {x.name: pack(x.score > 0) for x in self.tensors}
+                if step < steps:
+                    for x, gradient in zip(self.tensors, self.gradients(next(drawn), pool), strict=True):
+                        x.pull(gradient)
+                    adam.step()
+                    falling.step()
+                    done = place[0] * steps + step + 1
+                    work.tell(done, place[1] * steps, f"learning masks, loss {losses[-1]:.4f}")
+        return best, losses
+
+    def _put(self) -> None:
+        with torch.no_grad():
+            for x in self.tensors:
+                x.score.clamp_(-1, 1)
+                x.put()
+
+    def _batches(self, windows: Tensor, draw: torch.Generator) -> Iterator[Tensor]:
+        """Eight windows at a time (all, where there are less), each as often as any other."""
+        order: list[int] = []
+        while True:
+            if len(order) < min(BATCH, len(windows)):
+                order += torch.randperm(len(windows), generator=draw).tolist()
+            yield windows[order[:BATCH]]
+            order = order[BATCH:]
 
     def loss(self, windows: Tensor, pool: ThreadPoolExecutor) -> float:
         """Mean over predicted tokens."""
@@ -236,7 +238,7 @@ def _scores(recovered: Any, expert: Any, tensors: Sequence[Open], task: str) -> 
     for name, place in places.items():  # a tied weight once, by the name that transformers has it under
         base, vector, score, whole = (x.to(place.device) for x in _begin(own[name], own[name].tasks.index(task)))
         theirs[name].detach().copy_(whole.view(place.shape))
-        yield Scores(name, place, base, vector, score, torch.zeros_like(score), torch.zeros_like(score))
+        yield Scores(name, place, base, vector, score)
 
 
 def _begin(tensor: Open, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -260,20 +262,6 @@ def _begin(tensor: Open, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             most = torch.where(wanted(d, tau, lam), 1.0, 0.0)
             score[here] = margin.clamp(least, most)
     return base, vector, score, own
-
-
-def _check_memory(tensors: Sequence[Open], work: Preparation) -> None:
-    """Refuse what cannot be held: two models in fp32, and for each masked entry scores, moments and gradients."""
-    entries = sum(t.packing.numel for t in tensors)
-    stored = sum(2 * torch_dtype(t.packing.out).itemsize * t.packing.numel for t in tensors)
-    at_once = 1 + (min(work.threads, BATCH // AT_ONCE) if work.device == "cpu" else 1)
-    needed = stored + entries * (2 * 4 + 3 * 4 + 4 * at_once)
-    if needed > work.limit:
-        raise ResourceError(
-            "masks cannot be learned in this much memory",
-            why=f"models, scores and gradients take {format_size(needed)}, {format_size(work.limit)} are allowed",
-            fix="allow more with --max-memory, or use masks: threshold",
-        )
 
 
 def losses_of(masks: Checkpoint) -> list[float]:

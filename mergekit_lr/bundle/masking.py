@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mergekit_lr.bundle.codes import steps
-from mergekit_lr.bundle.masks import pack, packed_bytes, unpack
+from mergekit_lr.bundle.masks import pack, packed_bytes
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.lazy import torch
 from mergekit_lr.localize import elected, summed, wanted
@@ -100,7 +102,7 @@ def pack_tensor(job: Packing, desk: Desk) -> dict[str, Any]:
         desk.write(1, narrow, start)
         for t, given in enumerate(job.learned):
             masks[t] = desk.read(given, start // 8, packed_bytes(start + n), dtype=torch.uint8)
-            kept[t] += int(torch.count_nonzero(unpack(masks[t], n)))
+            kept[t] += int(np.bitwise_count(masks[t].cpu().numpy()).sum())
         for t, packed in enumerate(masks):
             desk.write(2 + t, packed, start // 8)
     facts: dict[str, Any] = {"density": [round(k / max(job.numel, 1), 6) for k in kept]}

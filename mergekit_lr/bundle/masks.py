@@ -7,7 +7,7 @@ the tensor's shape, so padding is never taken for elements.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,7 @@ import numpy as np
 
 from mergekit_lr import host
 from mergekit_lr.bundle.codes import Code, steps
-from mergekit_lr.bundle.manifest import Entry, Recovered
-from mergekit_lr.bundle.memory import Part
+from mergekit_lr.bundle.manifest import Recovered
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.lazy import torch
 from mergekit_lr.rewrite import Desk
@@ -122,17 +121,3 @@ class Masked(Code):
             packed = desk.read(2, a // 8, packed_bytes(b), dtype=torch.uint8)
             out = masked_sum(base, vector, packed, factor, out=desk.room(0, a, b), scratch=scratch)
             desk.write(0, out, a)
-
-    def ready(self, entry: Entry, parts: MutableMapping[str, Part]) -> Entry:
-        """Base and ``base + tau`` as two values, unless every task has a factor of its own."""
-        from mergekit_lr.bundle.apart import to_apart
-
-        if any(len(own) > 1 for own in entry.own.values()):
-            return entry
-        return to_apart(entry, parts, _unset_and_set)
-
-
-def _unset_and_set(base: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """What `masked_sum` gives where the bit is not set (-0 becomes 0 there) and where it is."""
-    packed = torch.zeros(packed_bytes(base.numel()), dtype=torch.uint8, device=base.device)
-    return masked_sum(base, vector, packed), masked_sum(base, vector, torch.full_like(packed, 255))

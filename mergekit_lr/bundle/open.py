@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lr.bundle.apart import prepared
 from mergekit_lr.bundle.codes import fitting, get_code
 from mergekit_lr.bundle.manifest import BASE, Entry, Manifest, Recovered, read_manifest
 from mergekit_lr.bundle.memory import FilePart, MemoryDesk, Part, held
@@ -144,8 +145,7 @@ class Bundle:
         self._held = held(everything, device)
         uses = Counter(p for e in _every_entry(self.manifest) for p in {*e.shared, *chain(*e.own.values())})
         self._entries = tuple(
-            e if any(uses[p] > 1 for p in e.shared) else get_code(e.code).ready(e, self._held)
-            for e in self.manifest.entries
+            e if any(uses[p] > 1 for p in e.shared) else prepared(e, self._held) for e in self.manifest.entries
         )
         return self
 

@@ -8,15 +8,14 @@ kept exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.bundle.apart import bits_of, to_apart
+from mergekit_lr.bundle.apart import bits_of
 from mergekit_lr.bundle.codes import Code, steps
-from mergekit_lr.bundle.manifest import Entry, Recovered
+from mergekit_lr.bundle.manifest import Recovered
 from mergekit_lr.bundle.masks import mask_scratch, pack, packed_bytes, spread
-from mergekit_lr.bundle.memory import Part
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.lazy import torch
 from mergekit_lr.method import GRID
@@ -117,9 +116,6 @@ class Select(Code):
             out = desk.room(0, a, b)
             chosen_bits(low, high, packed, out.view(kind), scratch)
             desk.write(0, out, a)
-
-    def ready(self, entry: Entry, parts: MutableMapping[str, Part]) -> Entry:
-        return to_apart(entry, parts, lambda low, high: (low, high))
 
 
 def chosen_bits(low: Tensor, high: Tensor, packed: Tensor, out: Tensor, scratch: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mergekit_lr.calibration.layers import windows_for
 from mergekit_lr.checkpoint.model import Checkpoint, open_file
-from mergekit_lr.errors import CheckpointError, RecipeError, ResourceError
+from mergekit_lr.errors import CheckpointError, RecipeError
 from mergekit_lr.matching.network import network_of
 from mergekit_lr.recipe import Recipe
 
@@ -119,22 +119,6 @@ def check_labels(network: nn.Module, samples: Samples, where: str) -> Samples:
         why = f"outputs have shape {list(outputs.shape)} and labels go up to {most}"
         raise CheckpointError("there is no loss to learn from", where=where, why=why, fix=fix)
     return samples
-
-
-def check_memory(models: Sequence[Checkpoint], copies: int, limit: int, what: str) -> None:
-    """Refuse what would hold more than ``limit`` bytes: ``copies`` of the largest model in fp32.
-
-    Raises:
-        ResourceError: says how much is needed.
-    """
-    largest = max(sum(4 * t.numel for t in m.tensors.values()) for m in models)
-    if copies * largest > limit:
-        mib = -(-copies * largest // 2**20)
-        raise ResourceError(
-            f"{what} holds {copies} models in memory",
-            why=f"a model takes {largest / 2**20:.0f} MiB in fp32, and {limit / 2**20:.0f} MiB are allowed",
-            fix=f"allow at least --max-memory {mib}MiB",
-        )
 
 
 def loaded(model: Checkpoint, tensors: Mapping[str, Tensor], activation: str) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lr import merge
-from mergekit_lr.bundle.apart import bits_of, to_apart
+from mergekit_lr.bundle.apart import bits_of, prepared
 from mergekit_lr.bundle.codes import get_code
 from mergekit_lr.bundle.manifest import Entry
 from mergekit_lr.bundle.masks import pack
@@ -40,7 +40,7 @@ def test_either_value_comes_back_bit_for_bit(code: str, n: int) -> None:
     low, high = (anything(dtype, max(n, 25), seed)[:n] for seed in (1, 2))
     mask = torch.rand(n, generator=torch.Generator().manual_seed(3)) < 0.5
     parts: dict[str, Part] = {"l": HeldPart(low), "h": HeldPart(high), "m": HeldPart(pack(mask))}
-    entry = to_apart(Entry("w", code, (n,), "select", ("l", "h"), {"t": ("m",)}), parts, lambda x, y: (x, y))
+    entry = prepared(Entry("w", code, (n,), "select", ("l", "h"), {"t": ("m",)}), parts)
     assert "l" not in parts and "h" not in parts  # they would be taken for what is stored
     wanted, out = entry.of("t"), torch.zeros(n, dtype=dtype)
     get_code(wanted.code).decode(wanted, MemoryDesk([parts[p] for p in wanted.parts], out, code))
