@@ -14,7 +14,8 @@ from mergekit_lr.bundle.manifest import BASE, SHARED, Recovered
 from mergekit_lr.bundle.open import Bundle, open_bundle
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.checkpoint.foreign_code import without_code
-from mergekit_lr.checkpoint.model import Checkpoint, inside, read_config, read_plain
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import inside, read_config, read_plain
 from mergekit_lr.engine.side_files import LARGEST_FILE, OTHER_FILES, TOKENIZER_FILES
 from mergekit_lr.graph.nodes import Result, Sink, Task
 from mergekit_lr.graph.nodes import Source as Tensor

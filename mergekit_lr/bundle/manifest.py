@@ -15,7 +15,8 @@ from typing import Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES
 from mergekit_lr.checkpoint.layout import Shard
-from mergekit_lr.checkpoint.model import SHARD_NAME, inside, read_json
+from mergekit_lr.checkpoint.model import SHARD_NAME
+from mergekit_lr.checkpoint.small_files import inside, read_json
 from mergekit_lr.errors import CheckpointError
 
 FILE = "bundle.json"

@@ -16,8 +16,9 @@ from mergekit_lr.bundle.manifest import BASE, Entry, Manifest, Recovered, read_m
 from mergekit_lr.bundle.memory import FilePart, MemoryDesk, Part, held
 from mergekit_lr.checkpoint.dtypes import torch_dtype
 from mergekit_lr.checkpoint.header import read_header
-from mergekit_lr.checkpoint.model import Checkpoint, assemble, inside, stamp_of
+from mergekit_lr.checkpoint.model import Checkpoint, assemble, stamp_of
 from mergekit_lr.checkpoint.model import Part as FileOfModel
+from mergekit_lr.checkpoint.small_files import inside
 from mergekit_lr.errors import CheckpointError, UsageError
 from mergekit_lr.lazy import torch
 

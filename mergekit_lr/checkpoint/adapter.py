@@ -18,7 +18,8 @@ from typing import Any
 
 from mergekit_lr.checkpoint.dtypes import AVERAGED
 from mergekit_lr.checkpoint.header import TensorInfo
-from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import inside, read_json
 from mergekit_lr.errors import CheckpointError, join_problems
 
 # Settings that do not change W + scale * B A: what was targeted (the tensors themselves say), training-time

@@ -13,7 +13,8 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_lr.checkpoint.model import inside, read_json, read_weight_map
+from mergekit_lr.checkpoint.model import read_weight_map
+from mergekit_lr.checkpoint.small_files import inside, read_json
 from mergekit_lr.errors import CheckpointError
 
 CLASSES = ("auto_map", "custom_pipelines")

@@ -11,8 +11,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_lr.checkpoint.model import Checkpoint, inside, open_file, open_folder
+from mergekit_lr.checkpoint.model import Checkpoint, open_file, open_folder
 from mergekit_lr.checkpoint.reference import ModelReference, Place
+from mergekit_lr.checkpoint.small_files import inside
 from mergekit_lr.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -27,14 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint.dtypes import ITEM_BYTES, torch_dtype
-from mergekit_lr.checkpoint.model import (
-    Checkpoint,
-    Stamp,
-    inside,
-    open_file,
-    read_config,
-    read_weight_map,
-)
+from mergekit_lr.checkpoint.model import Checkpoint, Stamp, open_file, read_weight_map
+from mergekit_lr.checkpoint.small_files import inside, read_config
 from mergekit_lr.errors import CheckpointError, ResourceError
 from mergekit_lr.lazy import torch
 

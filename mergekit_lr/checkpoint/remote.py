@@ -16,19 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lr.checkpoint.header import MAX_HEADER, Header, parse_header, read_header
 from mergekit_lr.checkpoint.hub import INDEX, SMALL_FILES, RemoteFile, listing, snapshot
-from mergekit_lr.checkpoint.model import (
-    HUB,
-    Checkpoint,
-    Part,
-    Stamp,
-    assemble,
-    inside,
-    read_config,
-    read_weight_map,
-    stamp_of,
-)
+from mergekit_lr.checkpoint.model import HUB, Checkpoint, Part, Stamp, assemble, read_weight_map, stamp_of
 from mergekit_lr.checkpoint.reference import Place
 from mergekit_lr.checkpoint.retry import Interrupted, patiently
+from mergekit_lr.checkpoint.small_files import inside, read_config
 from mergekit_lr.errors import CheckpointError
 
 if TYPE_CHECKING:

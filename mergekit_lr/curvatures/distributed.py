@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.checkpoint.model import inside, read_plain
 from mergekit_lr.checkpoint.pickle import confine, plain_header
+from mergekit_lr.checkpoint.small_files import inside, read_plain
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.lazy import torch
 

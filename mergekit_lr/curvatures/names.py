@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lr.checkpoint.foreign_code import check_loadable
-from mergekit_lr.checkpoint.model import read_json
+from mergekit_lr.checkpoint.small_files import read_json
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.lazy import torch
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_lr.checkpoint.model import read_json
+from mergekit_lr.checkpoint.small_files import read_json
 from mergekit_lr.curvatures.moments import Moment, Moments, bare_name, moment_of
 from mergekit_lr.curvatures.names import Parameters, assign, named_list, parameters_of
 from mergekit_lr.curvatures.state import State, open_state

@@ -9,7 +9,8 @@ from pathlib import Path
 from mergekit_lr.checkpoint import fs
 from mergekit_lr.checkpoint.header import read_header
 from mergekit_lr.checkpoint.lora import AdaptedCheckpoint
-from mergekit_lr.checkpoint.model import Checkpoint, read_plain
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import read_plain
 from mergekit_lr.engine.code_files import code_of
 from mergekit_lr.engine.side_files import LARGEST_FILE, OTHER_FILES, TOKENIZER_FILES
 from mergekit_lr.errors import CheckpointError

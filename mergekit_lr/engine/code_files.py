@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lr.checkpoint.model import Checkpoint, read_plain
+from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.reference import ModelReference, Place
+from mergekit_lr.checkpoint.small_files import read_plain
 from mergekit_lr.errors import CheckpointError, UsageError
 from mergekit_lr.tokenizer.vocabulary import tokenizer_folder
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from mergekit_lr.arch.by_layer import relayered
 from mergekit_lr.checkpoint.foreign_code import without_code
-from mergekit_lr.checkpoint.model import Checkpoint, read_plain
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import read_plain
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.tokenizer.vocabulary import tokenizer_folder
 

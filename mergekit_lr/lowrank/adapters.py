@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_lr.checkpoint.lora import AdaptedCheckpoint
-from mergekit_lr.checkpoint.model import Checkpoint, read_json
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import read_json
 from mergekit_lr.errors import CheckpointError, join_problems
 from mergekit_lr.lazy import torch
 

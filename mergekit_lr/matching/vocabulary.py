@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mergekit_lr.arch.tied import EMBEDDINGS, HEADS
-from mergekit_lr.checkpoint.model import Checkpoint, read_json
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import read_json
 from mergekit_lr.errors import CheckpointError
 
 ROWS = frozenset((*EMBEDDINGS, *HEADS, "wte.weight", "embeddings.word_embeddings.weight"))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mergekit_lr.checkpoint.adapter import AdapterConfig, module_parts, read_config
 from mergekit_lr.checkpoint.header import TensorInfo, read_header
-from mergekit_lr.checkpoint.model import inside
 from mergekit_lr.checkpoint.open import ADAPTER_CONFIG
+from mergekit_lr.checkpoint.small_files import inside
 from mergekit_lr.errors import CheckpointError
 
 WEIGHTS = "adapter_model.safetensors"

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lr.checkpoint.model import read_plain
 from mergekit_lr.checkpoint.open import exists, local
 from mergekit_lr.checkpoint.reference import ModelReference, Place
+from mergekit_lr.checkpoint.small_files import read_plain
 from mergekit_lr.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from mergekit_lr.checkpoint.model import read_plain
+from mergekit_lr.checkpoint.small_files import read_plain
 from mergekit_lr.engine.code_files import LARGEST
 from mergekit_lr.errors import CheckpointError
 

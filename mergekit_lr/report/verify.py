@@ -13,7 +13,8 @@ from typing import Any
 
 from mergekit_lr.arch.tied import EMBEDDINGS, HEADS
 from mergekit_lr.checkpoint.header import Header, TensorInfo, read_header
-from mergekit_lr.checkpoint.model import inside, read_config, read_json, read_weight_map
+from mergekit_lr.checkpoint.model import read_weight_map
+from mergekit_lr.checkpoint.small_files import inside, read_config, read_json
 from mergekit_lr.engine.digest import ALGORITHM
 from mergekit_lr.errors import CheckpointError, VerificationError
 from mergekit_lr.report.adapters import check_adapter, is_adapter

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import inside, read_json
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.tokenizer.align import Tokens
 from mergekit_lr.tokenizer.templates import FILE, chosen

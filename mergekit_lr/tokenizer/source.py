@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
+from mergekit_lr.checkpoint.model import Checkpoint
 from mergekit_lr.checkpoint.open import local, open_model
 from mergekit_lr.checkpoint.reference import ModelReference
+from mergekit_lr.checkpoint.small_files import inside, read_json
 
 
 def open_source(reference: ModelReference) -> Checkpoint:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
-from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import inside, read_json
 from mergekit_lr.recipe.tokens import TEMPLATES
 from mergekit_lr.tokenizer.vocabulary import tokenizer_folder
 

@@ -12,7 +12,8 @@ import numpy as np
 from mergekit_lr.arch.tied import config_ties, tied_source
 from mergekit_lr.checkpoint.dtypes import AVERAGED, RECIPE_DTYPES
 from mergekit_lr.checkpoint.header import TensorInfo
-from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import inside, read_json
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.graph.nodes import Expression, Operation, Result, Sink, Source, Task
 from mergekit_lr.lazy import torch

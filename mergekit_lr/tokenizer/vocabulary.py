@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lr.checkpoint.foreign_code import check_loadable
-from mergekit_lr.checkpoint.model import Checkpoint, inside, read_json
+from mergekit_lr.checkpoint.model import Checkpoint
+from mergekit_lr.checkpoint.small_files import inside, read_json
 from mergekit_lr.errors import CheckpointError
 
 MOST = 1 << 28

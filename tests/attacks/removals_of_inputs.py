@@ -55,12 +55,12 @@ INPUTS = [
         "tests/attacks/test_attacks.py -k values.packed",
     ),
     Removal(
-        7, "a file of a folder has a plain name", "mergekit_lr/checkpoint/model.py",
+        7, "a file of a folder has a plain name", "mergekit_lr/checkpoint/small_files.py",
         'if name != Path(name).name or name in ("", ".", ".."):', "if False:",
         "tests/attacks/test_attacks.py -k paths.optimizer_folder",
     ),
     Removal(
-        7, "links do not leave the folder", "mergekit_lr/checkpoint/model.py",
+        7, "links do not leave the folder", "mergekit_lr/checkpoint/small_files.py",
         "        if not cached and root not in target.parents:", "        if False:",
         "tests/attacks/test_attacks.py -k paths.links",
     ),

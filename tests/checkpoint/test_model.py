@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mergekit_lr.checkpoint.header import read_header
-from mergekit_lr.checkpoint.model import Checkpoint, inside, open_file, open_folder, read_json, stamp_of
+from mergekit_lr.checkpoint.model import Checkpoint, open_file, open_folder, stamp_of
+from mergekit_lr.checkpoint.small_files import inside, read_json
 from mergekit_lr.errors import CheckpointError
 from mergekit_lr.lazy import torch
 
