@@ -41,6 +41,20 @@ watch(Path({str(tmp_path / "log")!r}))
     assert ("192.0.2.1" if how == "connected" else "evil_code.py") in found
 
 
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_a_finding_fails_the_session_whichever_process_it_is_in(processes: str, tmp_path: Path) -> None:
+    probe = tmp_path / "test_probe.py"
+    connect = "with socket.socket() as s, contextlib.suppress(OSError):\n        s.settimeout(0.01)\n"
+    probe.write_text(f"import contextlib, socket\ndef test_it():\n    {connect}        s.connect(('192.0.2.1', 9))\n")
+    options = ["-q", "-n", processes, "-p", "tests.conftest", "--rootdir", str(tmp_path), "-c", "/dev/null"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(probe)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
+    assert "1 passed" in run.stdout
+    assert run.stdout.count("FORBIDDEN: connected to ('192.0.2.1', 9)") == 1
+
+
 def test_own_code_is_no_finding(watch_log: Path, tmp_path: Path) -> None:
     from ..watching import foreign_address, in_model_folder
 
